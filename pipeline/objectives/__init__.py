@@ -1,0 +1,34 @@
+"""The objectives, one file each. Adding one: a file beside this one and a line in `OBJECTIVES`."""
+
+from __future__ import annotations
+
+import importlib
+
+from pipeline.contracts import Objective
+from pipeline.objectives.dpo import Dpo
+from pipeline.objectives.f_dpo import FDpo
+from pipeline.objectives.plackett_luce import PlackettLuce
+from pipeline.objectives.sft import Sft
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "sft": Sft,
+    "dpo": Dpo,
+    "f_dpo": FDpo,
+    "plackett_luce": PlackettLuce,
+}
+
+
+def resolve(name: str) -> type[Objective]:
+    """The class behind a registry name or a dotted path `package.module:Class`. Raises ValueError."""
+    if name in OBJECTIVES:
+        return OBJECTIVES[name]
+    if ":" not in name:
+        raise ValueError(f"name: {name!r} is none of {', '.join(OBJECTIVES)}, nor a dotted path package.module:Class")
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"name: cannot load {name!r} ({error}); is the module installed on every node?") from None
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise ValueError(f"name: {name!r} is not a subclass of pipeline.contracts.Objective")
+    return found
