@@ -27,11 +27,11 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """A part of the configuration: frozen, and refuses keys it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -228,11 +228,11 @@ class SamplingConfig(Section):
 
 def _objective(value: Any) -> Any:
     """{"name": "dpo", …} → Dpo(…); a dotted path names a user's own class."""
-    if not isinstance(value, Mapping):
+    if isinstance(value, Objective):
         return value
-    if "name" not in value:
-        raise ValueError(f"name: missing; choose one of {', '.join(OBJECTIVES)} or a dotted path")
-    parameters = {k: v for k, v in value.items() if k != "name"}
+    if not isinstance(value, Mapping) or "name" not in value:
+        raise ValueError(f"name: missing; write {{name: …}} with one of {', '.join(OBJECTIVES)} or a dotted path")
+    parameters = {str(k): v for k, v in value.items() if k != "name"}
     return resolve(str(value["name"]))(**parameters)
 
 
@@ -287,21 +287,31 @@ class RunConfig(Section):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a YAML file, lay `key.path=value` overrides over it, validate. Raises `ConfigError`."""
+    """Read a YAML file, set each `key.path=value` in turn, validate. Raises `ConfigError`.
+
+    A number steps into a list (`data.sources.0.path=x`); a mapping or list replaces what was there.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     if not Path(path).is_file():
         raise ConfigError(f"{path}: no such configuration file")
-    bad = [item for item in overrides if "=" not in item]
-    if bad:
-        raise ConfigError(f"{bad[0]}: overrides have the form key.path=value")
+    where = str(path)
     try:
-        tree = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        tree = OmegaConf.load(path)
+        if not OmegaConf.is_dict(tree):
+            return validate(None)
+        for where in overrides:
+            key, equals, value = where.partition("=")
+            if not (key and equals):
+                raise ConfigError(f"{where}: overrides have the form key.path=value")
+            parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+            OmegaConf.update(tree, key, parsed["value"], merge=False)
+        where = str(path)
         plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
     return validate(plain)
 
 
@@ -312,17 +322,20 @@ def validate(plain: Any) -> RunConfig:
     try:
         return RunConfig.model_validate(plain)
     except ValidationError as error:
-        raise ConfigError(_one_line(error)) from None
+        raise ConfigError(_one_line(error, plain)) from None
 
 
-def _one_line(error: ValidationError) -> str:
+def _one_line(error: ValidationError, plain: Mapping[str, Any]) -> str:
     """All problems of a validation in one line, each with its dotted key and, for a typo, the likely key."""
     problems = []
-    for problem in error.errors():
+    found = error.errors()
+    for problem in found:
+        if any(other["loc"][: len(problem["loc"])] == problem["loc"] != other["loc"] for other in found):
+            continue  # a list is "too short" only because of an item that is wrong itself
         key = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(problem["loc"][:-1]), n=1)
+            near = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(problem["loc"][:-1], plain), n=1)
             message = "unknown key" + (f"; did you mean {near[0]}?" if near else "; remove it")
         elif problem["type"] == "missing":
             message = "missing; set it"
@@ -332,8 +345,10 @@ def _one_line(error: ValidationError) -> str:
     return " | ".join(problems)
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+def _known_keys(location: tuple[int | str, ...], plain: Mapping[str, Any]) -> list[str]:
     """Field names of the section at `location`."""
+    if location == ("objective",):
+        return list(resolve(str(plain["objective"]["name"])).model_fields)
     model: Any = RunConfig
     for part in location:
         if isinstance(part, int):

@@ -22,9 +22,9 @@ def resolve(name: str) -> type[Objective]:
     """The class behind a registry name or a dotted path `package.module:Class`. Raises ValueError."""
     if name in OBJECTIVES:
         return OBJECTIVES[name]
-    if ":" not in name:
-        raise ValueError(f"name: {name!r} is none of {', '.join(OBJECTIVES)}, nor a dotted path package.module:Class")
     module, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in [*module.split("."), attribute]):
+        raise ValueError(f"name: {name!r} is none of {', '.join(OBJECTIVES)}, nor a dotted path package.module:Class")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

@@ -1,0 +1,189 @@
+"""Records → tokenised rows on disk: read, validate or quarantine, render, tokenise, write.
+
+`prepare` cuts the sources into chunks, gives each chunk to an actor (Ray Data) that writes one part of rows and one of
+quarantined records, and declares the folder finished when every record is accounted for. The folder's name is a hash of
+everything that shapes a row, so a finished one is reused and a changed input gets its own.
+
+Left out: reference log-probs (`reference`), the order of training (`order`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config import DataConfig, RunConfig, digest
+from pipeline.contracts import ROW_SCHEMA
+from pipeline.layouts import parse
+from pipeline.pretrained import load_tokenizer
+from pipeline.rendering import Renderer
+from pipeline.rows import finish, is_finished, manifest, write_json, write_part
+from pipeline.sources import Chunk, RawRecord, plan, read
+from pipeline.stage import Item, Resources, run_stage
+
+QUARANTINE = "quarantine.jsonl"
+
+
+class DataError(ValueError):
+    """Too many records are unusable, or none is left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What became of the records; also the `summary` of the rows' manifest."""
+
+    records: int
+    rows: int
+    quarantined: int
+    reasons: dict[str, int]  # reason → records, most frequent first
+    prompts_cut: int  # rows whose prompt lost tokens on the left
+    responses_cut: int  # responses that lost tokens on the right
+    tokens: int
+
+
+class PrepareChunk:
+    """The actor: one chunk of records → one part of rows, one of quarantined records, and counts."""
+
+    def __init__(self, folder: str, data: dict[str, Any], model: str, trust_remote_code: bool) -> None:
+        self.folder = Path(folder)
+        self.data = DataConfig.model_validate(data)
+        self.render = Renderer(load_tokenizer(model, trust_remote_code), self.data)
+
+    def __call__(self, item: Item) -> Item:
+        number = item["number"]
+        counts = self.folder / f"counts-{number:06d}.json"
+        if counts.is_file():  # written last: this chunk was finished by an earlier, interrupted call
+            return json.loads(counts.read_text())
+        rows: list[dict[str, Any]] = []
+        bad: list[dict[str, Any]] = []
+        tally: Counter[str] = Counter()
+        for raw in read(Chunk(**item["chunk"])):
+            try:
+                rows.append(self._row(raw, item["chunk"]["source_index"], tally))
+            except ValueError as error:
+                bad.append({"source": raw.source, "reason": str(error), "record": raw.raw})
+        write_part(self.folder, number, pa.Table.from_pylist(rows, schema=ROW_SCHEMA))
+        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad)
+        (self.folder / f"quarantine-{number:06d}.jsonl").write_text(text, encoding="utf-8")
+        result = {"rows": len(rows), "bad": dict(Counter(entry["reason"] for entry in bad)), "tally": dict(tally)}
+        write_json(counts, result)
+        return result
+
+    def _row(self, raw: RawRecord, source_index: int, tally: Counter[str]) -> dict[str, Any]:
+        if raw.error is not None:
+            raise ValueError(raw.error)
+        assert raw.value is not None
+        record = parse(raw.value, self.data.kind, self.data.ties)
+        rendered = self.render(record)
+        tally["prompts_cut"] += rendered.prompt_tokens_cut > 0
+        tally["responses_cut"] += rendered.responses_cut
+        tally["tokens"] += len(rendered.prompt_ids) + sum(map(len, rendered.response_ids))
+        return {
+            "row_id": raw.row_id,
+            "source": raw.source,
+            "source_index": source_index,
+            "prompt_hash": prompt_hash(rendered.prompt_ids),
+            "prompt_ids": rendered.prompt_ids,
+            "response_ids": rendered.response_ids,
+            "weight": record.weight,
+        }
+
+
+def prompt_hash(prompt_ids: list[int]) -> int:
+    """A signed 64-bit hash of a prompt's tokens, the same on every machine."""
+    raw = hashlib.blake2b(json.dumps(prompt_ids).encode(), digest_size=8).digest()
+    return int.from_bytes(raw, "big", signed=True)
+
+
+def prepare(config: RunConfig, model: str, local: bool = False) -> Path:
+    """Rows of `config.data`, tokenised with the tokenizer at `model`; returns their finished folder.
+
+    Raises ConfigError when a source cannot be found (before any cluster work), DataError when too many records are bad.
+    """
+    cache = Path(config.storage) / "cache"
+    sources = [*config.data.sources, *config.data.eval_sources]
+    reading = plan(sources, cache / "sources")
+    tokenizer = load_tokenizer(model, config.model.trust_remote_code)
+    folder = cache / f"rows-{digest(1, reading.fingerprint, _shaping(config.data), tokenizer_identity(tokenizer))}"
+    if not is_finished(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(config, reading.chunks, folder, model, local)
+    _refuse(config.data, summary(folder), folder)
+    return folder
+
+
+def _write(config: RunConfig, chunks: list[Chunk], folder: Path, model: str, local: bool) -> None:
+    items = [{"number": i, "chunk": asdict(chunk)} for i, chunk in enumerate(chunks)]
+    results = list(
+        run_stage(
+            PrepareChunk,
+            {
+                "folder": str(folder),
+                "data": config.data.model_dump(mode="json"),
+                "model": model,
+                "trust_remote_code": config.model.trust_remote_code,
+            },
+            items,
+            label="tokenise",
+            resources=Resources(actors=config.scaling.data_actors),
+            local=local,
+            unit="chunk",
+        )
+    )
+    reasons, tally = Counter[str](), Counter[str]()
+    for result in results:
+        reasons.update(result["bad"])
+        tally.update(result["tally"])
+    with (folder / QUARANTINE).open("wb") as whole:
+        for part in sorted(folder.glob("quarantine-*.jsonl")):
+            whole.write(part.read_bytes())
+    rows, bad = sum(result["rows"] for result in results), sum(reasons.values())
+    found = Summary(
+        records=rows + bad,
+        rows=rows,
+        quarantined=bad,
+        reasons=dict(reasons.most_common()),
+        prompts_cut=tally["prompts_cut"],
+        responses_cut=tally["responses_cut"],
+        tokens=tally["tokens"],
+    )
+    finish(folder, {"summary": asdict(found)})
+
+
+def summary(folder: Path) -> Summary:
+    """The summary of a finished rows folder."""
+    return Summary(**manifest(folder)["summary"])
+
+
+def _refuse(data: DataConfig, found: Summary, folder: Path) -> None:
+    """Stop when too much was quarantined, or nothing is left."""
+    why = "; ".join(f"{count} × {reason}" for reason, count in list(found.reasons.items())[:3])
+    if found.rows == 0:
+        raise DataError(
+            f"data.sources: no usable record among {found.records} ({why or 'the files are empty'}); see {folder / QUARANTINE}"
+        )
+    share = found.quarantined / found.records
+    if share > data.max_bad_fraction:
+        raise DataError(
+            f"data.max_bad_fraction: {found.quarantined} of {found.records} records ({share:.1%}) are unusable, more than "
+            f"{data.max_bad_fraction:.1%} ({why}); mend them (see {folder / QUARANTINE}) or raise the bound"
+        )
+
+
+def _shaping(data: DataConfig) -> dict[str, Any]:
+    """The part of the configuration that changes rows (mixing, splitting and bounds on errors do not)."""
+    keys = ("kind", "max_length", "max_prompt_length", "chat_template", "append_eos", "ties")
+    return {key: getattr(data, key) for key in keys}
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Hash of what a tokenizer does, wherever its files lie."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return digest(rules, str(tokenizer.chat_template), str(tokenizer.special_tokens_map), tokenizer.padding_side)

@@ -1,0 +1,53 @@
+"""The process group of a worker: Ray Train's where there is one, else a group of this process alone."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.config import RunConfig
+
+
+@contextmanager
+def process_group(config: RunConfig) -> Iterator[torch.device]:
+    """Yields this worker's device. A group that this call made is taken down again: the worker is re-entrant."""
+    device = _device(config)
+    torch.set_num_threads(threads(config))
+    if dist.is_initialized():
+        yield device
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        store = dist.FileStore(os.path.join(folder, "store"), 1)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
+        try:
+            yield device
+        finally:
+            dist.destroy_process_group()
+
+
+def threads(config: RunConfig) -> int:
+    """CPU threads of one worker: its share under Ray, the whole machine when it runs alone."""
+    if dist.is_initialized():
+        return max(1, int(config.scaling.cpus_per_worker))
+    return os.cpu_count() or 1
+
+
+def _device(config: RunConfig) -> torch.device:
+    if not config.scaling.gpus_per_worker or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def agree(value: Any) -> Any:
+    """Rank 0's value, on all ranks."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

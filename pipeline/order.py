@@ -1,0 +1,83 @@
+"""Which rows make up which optimizer step, and who computes them. Order is data, not state.
+
+    step_rows(lengths, seed, epoch, rows_per_step)   knows nothing of workers
+    micro_batches(step, lengths, workers, budget)    deals one step out
+
+Both are pure, so a checkpoint only has to store the step's number, a resumed run continues with the very next row, and
+another number of workers trains on the same steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+BUCKET_STEPS = 8
+"""Steps whose rows are sorted by length together: less padding, while the mix of lengths stays random on a larger scale."""
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Rows of one forward on one worker, as positions in `lengths`."""
+
+    rows: tuple[int, ...]
+    filler: bool = False  # True: computed with weight 0, so that this rank stays in step with the others
+
+
+def step_rows(lengths: np.ndarray, seed: int, epoch: int, rows_per_step: int) -> list[np.ndarray]:
+    """Positions 0…n−1, each exactly once, cut into steps of `rows_per_step` (the last may be smaller)."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
+    window = BUCKET_STEPS * rows_per_step
+    for start in range(0, len(order), window):
+        part = order[start : start + window]
+        order[start : start + window] = part[np.argsort(lengths[part], kind="stable")]
+    steps = [order[start : start + rows_per_step] for start in range(0, len(order), rows_per_step)]
+    return [steps[i] for i in np.random.default_rng([seed, epoch, 1]).permutation(len(steps))]
+
+
+def steps_per_epoch(rows: int, rows_per_step: int) -> int:
+    """Optimizer steps that use each of `rows` once."""
+    return -(-rows // rows_per_step)
+
+
+def micro_batches(step: Sequence[int], lengths: np.ndarray, workers: int, budget: int) -> list[list[MicroBatch]]:
+    """Deal a step's rows out: [workers][n] micro-batches, the same n for every worker.
+
+    Rows are sorted by length and cut into contiguous bins whose padded cost (longest × rows) is as even as possible and at
+    most `budget` tokens; a row longer than the budget gets a bin of its own. Neighbouring bins go to different workers, so
+    that ranks wait little for each other.
+    """
+    rows = sorted((int(i) for i in step), key=lambda i: (-lengths[i], i))
+    rounds = 1
+    while True:
+        bins = _even_bins(rows, lengths, workers * rounds)
+        if all(len(b) == 1 or lengths[b[0]] * len(b) <= budget for b in bins):
+            break
+        rounds += 1
+    shortest = (rows[-1],)
+    dealt = [MicroBatch(tuple(b)) for b in bins]
+    dealt += [MicroBatch(shortest, filler=True)] * (workers * rounds - len(dealt))
+    return [dealt[rank::workers] for rank in range(workers)]
+
+
+def _even_bins(rows: list[int], lengths: np.ndarray, count: int) -> list[list[int]]:
+    """Cut rows (longest first) into at most `count` bins, the dearest bin as cheap as possible."""
+    low, high = int(lengths[rows[0]]), int(lengths[rows[0]]) * len(rows)
+    while low < high:  # bisection on the cost of a bin
+        middle = (low + high) // 2
+        if len(_greedy_bins(rows, lengths, middle)) <= count:
+            high = middle
+        else:
+            low = middle + 1
+    return _greedy_bins(rows, lengths, low)
+
+
+def _greedy_bins(rows: list[int], lengths: np.ndarray, cost: int) -> list[list[int]]:
+    bins, start = [], 0
+    while start < len(rows):
+        size = max(1, cost // int(lengths[rows[start]]))
+        bins.append(rows[start : start + size])
+        start += size
+    return bins

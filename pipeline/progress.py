@@ -1,0 +1,134 @@
+"""How a run tells what it is doing: `metrics.jsonl`, written by rank 0 and followed by the driver.
+
+The file is the one source of step metrics. The driver's `Monitor` draws the progress bar from it and mirrors it to MLflow,
+so that a slow terminal or a tracking server that is down cannot slow training, and a resumed run logs no step twice.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsFile:
+    """Rank 0's side: one JSON line per optimizer step, `{"step": …, "loss": …}`."""
+
+    def __init__(self, path: Path, after: int) -> None:
+        self.path = path
+        # Steps beyond the checkpoint are about to be repeated: their lines would appear twice.
+        kept = [line for line in read_metrics(path) if line["step"] <= after]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+
+    def append(self, step: int, metrics: dict[str, float]) -> None:
+        """Write a finished step."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of a metrics file; a line cut off by a crash is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line.endswith("}")]
+
+
+class Monitor:
+    """The driver's side: a thread that follows `metrics.jsonl` while workers train.
+
+    Args:
+        run: the run's folder.
+        total_steps: length of the bar.
+        on_step: called once per new step with (step, metrics); the tracker's `log_metrics`.
+        last_step: steps up to this one were told to `on_step` by an earlier driver.
+    """
+
+    def __init__(
+        self, run: Path, total_steps: int, on_step: Callable[[int, dict[str, float]], None], last_step: int = 0
+    ) -> None:
+        self._path, self._on_step, self._last = run / METRICS_FILE, on_step, last_step
+        self._offset = 0
+        self._bar = _Bar(total_steps)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="monitor", daemon=True)
+
+    def __enter__(self) -> Monitor:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._drain()
+        self._bar.close()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(0.5):
+            self._drain()
+
+    def _drain(self) -> None:
+        """Tell what has been written since the last call; a file that shrank was rewritten by a resumed worker."""
+        if not self._path.is_file():
+            return
+        if self._path.stat().st_size < self._offset:
+            self._offset = 0
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            complete, newline, _ = file.read().rpartition(b"\n")
+        self._offset += len(complete) + len(newline)
+        for text in complete.splitlines():
+            metrics = json.loads(text)
+            step = metrics.pop("step")
+            if step > self._last:
+                self._on_step(step, metrics)
+                self._last = step
+            self._bar.show(step, metrics)
+
+
+class _Bar:
+    """A tqdm bar on a terminal; in a log file, a line every ten seconds instead."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._first = total, None
+        self._bar = tqdm(total=total, desc="train", unit="step", disable=not sys.stderr.isatty())
+        self._started = self._shown = time.monotonic()
+
+    def show(self, step: int, metrics: dict[str, float]) -> None:
+        if not self._bar.disable:
+            self._bar.set_postfix_str(summarise(metrics), refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        self._first = step - 1 if self._first is None else self._first  # a resumed run doesn't start at 0
+        now = time.monotonic()
+        if now - self._shown >= 10 or step == self._total:
+            self._shown = now
+            elapsed = now - self._started
+            left = (self._total - step) * elapsed / (step - self._first)
+            print(f"train {step}/{self._total} {summarise(metrics)} ETA {left:.0f}s", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def summarise(metrics: dict[str, float]) -> str:
+    """The few numbers that a person watches."""
+    shown = {
+        "loss": "loss",
+        "margin": "reward/margin",
+        "acc": "accuracy",
+        "eval": "eval/loss",
+        "tok/s": "tokens_per_second",
+    }
+    return " ".join(f"{short}={metrics[name]:.4g}" for short, name in shown.items() if name in metrics)

@@ -1,0 +1,197 @@
+"""Prepared rows on disk: Arrow IPC parts that are written once, memory-mapped, and addressed by an index.
+
+A folder of parts is finished when its `manifest.json` exists (it is written last) and every part has the size that the
+manifest names; anything else is refused. Parts are written aside and renamed, under names that follow from the plan: a
+retried or continued `prepare` repeats no finished part and never shows a half-written one.
+
+Rows and their reference log-probs are separate folders that join by row id; a missing row is an error, never a gap.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config import DataConfig
+from pipeline.contracts import REFERENCE_SCHEMA, ROW_SCHEMA, Row
+from pipeline.order import MicroBatch
+
+MANIFEST = "manifest.json"
+
+
+class StaleCache(ValueError):
+    """A prepared folder is unfinished, damaged, or lacks rows."""
+
+
+def write_part(folder: Path, number: int, table: pa.Table) -> Path:
+    """Write one part under its final name, atomically."""
+    path = folder / f"part-{number:06d}.arrow"
+    aside = path.with_suffix(f".{os.getpid()}.tmp")
+    with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    aside.rename(path)
+    return path
+
+
+def finish(folder: Path, meta: dict[str, Any]) -> None:
+    """Declare the folder complete: its parts with their sizes, and what it was made of."""
+    parts = {path.name: path.stat().st_size for path in sorted(folder.glob("part-*.arrow"))}
+    write_json(folder / MANIFEST, {"parts": parts, **meta})
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the folder has a manifest and all parts are there in full."""
+    try:
+        manifest(folder)
+    except StaleCache:
+        return False
+    return True
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """The folder's manifest, after checking its parts against it. Raises `StaleCache`."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise StaleCache(f"{folder}: not finished; run `qalign prepare` again")
+    found = json.loads(path.read_text())
+    for name, size in found["parts"].items():
+        part = folder / name
+        if not part.is_file() or part.stat().st_size != size:
+            raise StaleCache(f"{part}: missing or damaged; delete {folder} and run `qalign prepare` again")
+    return found
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file atomically."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    aside.rename(path)
+
+
+def _open_parts(folder: Path, schema: pa.Schema) -> pa.Table:
+    """All parts as one memory-mapped table."""
+    tables = []
+    for name in manifest(folder)["parts"]:
+        with pa.ipc.open_file(pa.memory_map(str(folder / name))) as reader:
+            tables.append(reader.read_all())
+    return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Positions in `Rows` to train on and to hold out, both ascending."""
+
+    train: np.ndarray
+    eval: np.ndarray
+    left_out: int  # training rows that the mix of shares has no place for
+
+
+class Rows:
+    """Random access to prepared rows, in the order of their row ids.
+
+    Args:
+        folder: what `data.prepare` wrote.
+        reference: what `reference.score` wrote for these rows, or None.
+    """
+
+    def __init__(self, folder: Path, reference: Path | None = None) -> None:
+        table = _open_parts(folder, ROW_SCHEMA)
+        ids = table.column("row_id").to_numpy()
+        order = np.argsort(ids, kind="stable")
+        self._table, self._order = table, order
+        self.row_ids: np.ndarray = ids[order]
+        self.source_index: np.ndarray = table.column("source_index").to_numpy()[order]
+        self.prompt_hash: np.ndarray = table.column("prompt_hash").to_numpy()[order]
+        self.lengths: np.ndarray = _lengths(table)[order]
+        self._reference: pa.Table | None = None
+        if reference is not None:
+            self._reference = _open_parts(reference, REFERENCE_SCHEMA)
+            self._reference_order = _join(self.row_ids, self._reference.column("row_id").to_numpy(), reference)
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    def __getitem__(self, position: int) -> Row:
+        place = int(self._order[position])
+        fields = {name: _cell(self._table, name, place) for name in ("row_id", "prompt_ids", "response_ids", "weight")}
+        if self._reference is not None:
+            fields["ref_logprobs"] = _cell(self._reference, "ref_logprobs", int(self._reference_order[position]))
+        return Row(**fields)
+
+    def source(self, position: int) -> str:
+        """Where the row came from, `file:line`."""
+        return _cell(self._table, "source", int(self._order[position]))
+
+    def take(self, micro: MicroBatch) -> list[Row]:
+        """The rows of a micro-batch; those of a filler have weight 0."""
+        rows = [self[position] for position in micro.rows]
+        if not micro.filler:
+            return rows
+        return [Row(r.row_id, r.prompt_ids, r.response_ids, r.ref_logprobs, weight=0.0) for r in rows]
+
+    def split(self, data: DataConfig, seed: int) -> Split:
+        """Training and held-out positions: by eval source, or by prompt; then the mix of shares."""
+        training = self.source_index < len(data.sources)
+        held_out = ~training
+        if data.eval_fraction:
+            prompts = np.unique(self.prompt_hash[training])  # ascending hashes: a random but fixed order
+            chosen = prompts[: int(np.ceil(data.eval_fraction * len(prompts)))]
+            held_out = np.isin(self.prompt_hash, chosen)
+            training = training & ~held_out
+        train = np.flatnonzero(training)
+        mixed = _mix(train, self.source_index[train], [source.share for source in data.sources], seed)
+        return Split(mixed, np.flatnonzero(held_out), len(train) - len(mixed))
+
+
+def _mix(train: np.ndarray, source: np.ndarray, shares: Sequence[float | None], seed: int) -> np.ndarray:
+    """The largest subset of rows in which source i has its share; without shares, all rows."""
+    if shares[0] is None:
+        return train
+    total = sum(share or 0.0 for share in shares)
+    wanted = [(share or 0.0) / total for share in shares]
+    counts = [int((source == i).sum()) for i in range(len(shares))]
+    size = min(count / share for count, share in zip(counts, wanted, strict=True))
+    kept = []
+    for i, share in enumerate(wanted):
+        own = train[source == i]
+        kept.append(np.random.default_rng([seed, i]).permutation(own)[: int(size * share + 1e-9)])
+    return np.sort(np.concatenate(kept))
+
+
+def _lengths(table: pa.Table) -> np.ndarray:
+    """Tokens of each packed row, from list offsets alone: no token is read."""
+    lengths = [np.zeros(0, dtype=np.int64)]
+    for prompts, responses in zip(table.column("prompt_ids").chunks, table.column("response_ids").chunks, strict=True):
+        # Offsets compose: the outer ones index responses, the inner ones index tokens.
+        inner, outer = responses.values.offsets.to_numpy(), responses.offsets.to_numpy()
+        lengths.append(np.diff(prompts.offsets.to_numpy()).astype(np.int64) + np.diff(inner[outer]))
+    return np.concatenate(lengths)
+
+
+def _cell(table: pa.Table, name: str, place: int) -> Any:
+    return table.column(name)[place].as_py()
+
+
+def _join(wanted: np.ndarray, found: np.ndarray, folder: Path) -> np.ndarray:
+    """Place in `found` of each wanted row id. Raises `StaleCache` naming the missing ones."""
+    order = np.argsort(found, kind="stable")
+    places = np.searchsorted(found[order], wanted)
+    ok = (
+        (places < len(found)) & (found[order][np.minimum(places, len(found) - 1)] == wanted)
+        if len(found)
+        else wanted < 0
+    )
+    if not ok.all():
+        missing = wanted[~ok]
+        raise StaleCache(
+            f"{folder}: {len(missing)} rows have no reference log-probs (first row ids {missing[:5].tolist()}); "
+            "delete the folder and run `qalign prepare` again"
+        )
+    return order[places]

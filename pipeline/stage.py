@@ -1,0 +1,105 @@
+"""Run a callable class over items: as a Ray Data actor pool over the whole cluster, or in this process.
+
+Both ways call the same class with the same items, so `local=True` is the fast path of tests and of `--local`, not another
+implementation. Items and results are plain dicts; large data goes through files that the workers write themselves.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+Item = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What one actor gets, and how many there may be at most (None: what the cluster holds)."""
+
+    cpus: float = 1
+    gpus: float = 0
+    actors: int | None = None
+
+
+def run_stage(
+    worker: Callable[..., Callable[[Item], Item]],
+    arguments: dict[str, Any],
+    items: Sequence[Item],
+    *,
+    label: str,
+    resources: Resources,
+    local: bool,
+    unit: str = "part",
+) -> Iterator[Item]:
+    """Yield `worker(**arguments)(item)` for each item, in the items' order, under a progress bar.
+
+    The class is built once per actor. With Ray, blocks are single items: an actor that is free takes the next one, an item
+    whose actor dies is given to another.
+    """
+    results = _in_process(worker, arguments, items) if local else _on_ray(worker, arguments, items, resources)
+    yield from tqdm(results, total=len(items), desc=label, unit=unit, mininterval=1.0, disable=len(items) == 0)
+
+
+def _in_process(
+    worker: Callable[..., Callable[[Item], Item]], arguments: dict[str, Any], items: Sequence[Item]
+) -> Iterator[Item]:
+    if not items:
+        return
+    call = worker(**arguments)
+    for item in items:
+        yield call(item)
+
+
+class _Threaded:
+    """The worker inside its actor: as many threads as the actor has CPUs, one item per block."""
+
+    def __init__(self, worker: Callable[..., Callable[[Item], Item]], arguments: dict[str, Any], threads: int) -> None:
+        import torch
+
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the parallelism is the actors'
+        torch.set_num_threads(threads)
+        self._call = worker(**arguments)
+
+    def __call__(self, row: Item) -> Item:
+        return self._call(row)
+
+
+def _on_ray(
+    worker: Callable[..., Callable[[Item], Item]],
+    arguments: dict[str, Any],
+    items: Sequence[Item],
+    resources: Resources,
+) -> Iterator[Item]:
+    import ray
+
+    if not items:
+        return
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # ours counts items, whatever Ray's operators are
+    context.execution_options.preserve_order = True
+    most = min(resources.actors or _room(resources), len(items))
+    stage = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
+        _Threaded,
+        fn_constructor_kwargs={"worker": worker, "arguments": arguments, "threads": max(1, math.floor(resources.cpus))},
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus or None,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=most, initial_size=most, max_tasks_in_flight_per_actor=2
+        ),
+    )
+    yield from stage.iter_rows()
+
+
+def _room(resources: Resources) -> int:
+    """Actors that the cluster holds now; at least one, so that an autoscaler has something to grow for."""
+    import ray
+
+    total = ray.cluster_resources()
+    by_cpu = int(total.get("CPU", 0) // resources.cpus) if resources.cpus else 1
+    by_gpu = int(total.get("GPU", 0) // resources.gpus) if resources.gpus else by_cpu
+    return max(1, min(by_cpu, by_gpu))
