@@ -14,7 +14,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    model_validator,
+)
 
 from pipeline.contracts import Objective, RecordKind
 from pipeline.objectives import OBJECTIVES, resolve
@@ -33,6 +42,7 @@ class Section(BaseModel):
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(min_length=1)]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -42,7 +52,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 class Source(Section):
     """One place records come from."""
 
-    path: str
+    path: Name
     """File, glob or folder of jsonl / parquet files, a folder saved by `datasets`, or a data set's hub name."""
     format: Literal["auto", "jsonl", "parquet", "huggingface"] = "auto"
     """`auto` goes by the file ending; `huggingface` reads a saved folder or a hub name."""
@@ -107,7 +117,7 @@ class LoraSection(Section):
 class ModelConfig(Section):
     """The policy, and what it is compared with."""
 
-    path: str
+    path: Name
     """Hub name, folder, `package:smollm2` (ships with the demo extra), or a run's folder (starts from its export)."""
     reference: str | None = None
     """The frozen reference; default: the model that training starts from."""
@@ -236,13 +246,18 @@ def _objective(value: Any) -> Any:
     return resolve(str(value["name"]))(**parameters)
 
 
+def _absolute(path: str) -> str:
+    """Workers have another current folder than the driver."""
+    return str(Path(path).expanduser().absolute())
+
+
 class RunConfig(Section):
     """Everything a job needs; each job reads the sections it uses."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
     """Human part of the run's folder; the rest is a hash of what changes the run's meaning."""
     seed: int = 0
-    storage: str = "outputs"
+    storage: Name = "outputs"
     """Folder for caches, runs and the MLflow database; on a cluster, a path that all nodes share."""
     checkpoint_from: str | None = None
     """Checkpoint, run or model that `jobs.eval` and `jobs.decode` read; default: this configuration's own run."""
@@ -310,7 +325,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             OmegaConf.update(tree, key, parsed["value"], merge=False)
         where = str(path)
         plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError, TypeError) as error:
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
     return validate(plain)
 
@@ -342,7 +357,7 @@ def _one_line(error: ValidationError, plain: Mapping[str, Any]) -> str:
         elif problem["type"] != "value_error":
             message = f"{message[:1].lower()}{message[1:]}, not {problem['input']!r}"
         problems.append(f"{key}: {message}" if key else message)
-    return " | ".join(problems)
+    return " ".join(" | ".join(problems).split())
 
 
 def _known_keys(location: tuple[int | str, ...], plain: Mapping[str, Any]) -> list[str]:

@@ -169,7 +169,7 @@ def _commit(name: str, key: str) -> str:
     try:
         commit = extract_commit_hash(cached_file(name, "config.json"), None)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}: {_one_line(error)}") from None
+        raise _not_loadable("config.json", name, key, error) from None
     assert commit is not None, f"the snapshot of {name} carries no commit hash"
     return commit
 
@@ -197,7 +197,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, key: str = "model
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{key}: cannot load a tokenizer from {path}: {_one_line(error)}") from None
+        raise _not_loadable("a tokenizer", path, key, error) from None
 
 
 def load_causal_lm(
@@ -222,7 +222,7 @@ def load_causal_lm(
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{key}: cannot load a causal language model from {path}: {_one_line(error)}") from None
+        raise _not_loadable("a causal language model", path, key, error) from None
     if info["missing_keys"]:
         lacking = sorted(info["missing_keys"])
         raise ConfigError(
@@ -238,7 +238,10 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     return sorted({i for i in [*listed, tokenizer.eos_token_id] if i is not None})
 
 
-def _one_line(error: Exception) -> str:
-    """The first sentence of a library's message; what follows is advice on its own options."""
+def _not_loadable(what: str, path: str, key: str, error: Exception) -> ConfigError:
+    """The first line of a library's message (what follows is advice on its own options), with our remedy."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].strip()
+    remedy = (
+        "check the folder's files" if Path(path).is_dir() else "correct the name, or without a network give a folder"
+    )
+    return ConfigError(f"{key}: cannot load {what} from {path}; {remedy} ({lines[0].strip()})")

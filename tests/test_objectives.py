@@ -55,8 +55,8 @@ def test_dpo_worked():
 
 
 def test_dpo_objective_worked():
-    """ℓ = (2, −3), β 0.1: Δ = 0.5, loss log(1 + e^{−0.5}) = 0.474077; the NLL of the chosen token is 1 − 2 = −1 … as
-    log π = ℓ − 1 = 1, so a coefficient of 0.5 takes 0.5 off."""
+    """ℓ = (2, −3), β 0.1: Δ = 0.5, loss log(1 + e^{−0.5}) = 0.474077. The chosen token's "log π" is ℓ − 1 = 1 (no
+    probability, but easy to follow), so an NLL term with coefficient 0.5 takes 0.5 off."""
     batch, raw = with_ratios([[2.0, -3.0]])
     out = as_out(raw, batch)
     assert loss_of(Dpo(beta=0.1), out, batch).item() == pytest.approx(0.474077, abs=1e-6)
@@ -395,7 +395,7 @@ def test_own_objective_needs_one_class_and_one_registry_line(monkeypatch):
     ],
 )
 def test_unknown_objectives_are_refused_in_one_line(name, cause):
-    with pytest.raises(config.ConfigError, match="^objective: name: ") as error:
+    with pytest.raises(config.ConfigError, match=r"^objective: name: ") as error:
         config.validate(_plain(name))
     assert cause in str(error.value)
     assert "\n" not in str(error.value)

@@ -1,0 +1,35 @@
+"""Connect to Ray: the cluster in RAY_ADDRESS (set for submitted jobs), else a private one on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from pipeline.config import ConfigError, RunConfig
+
+ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    # The controller notices the end of training at its next health check: 0.2 s instead of 2 s saves 4 s a run.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def connect(config: RunConfig) -> None:
+    """Start or join Ray, once per process. Raises ConfigError when this machine cannot hold the workers."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": ENVIRONMENT})
+        return
+    cpus = os.cpu_count() or 1
+    wanted = config.scaling.workers * config.scaling.cpus_per_worker
+    if wanted > cpus:
+        raise ConfigError(
+            f"scaling.workers: {config.scaling.workers} workers of {config.scaling.cpus_per_worker:g} CPUs do not fit this "
+            f"machine's {cpus}; lower scaling.workers or scaling.cpus_per_worker, or submit to a cluster"
+        )
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.ERROR)

@@ -1,0 +1,180 @@
+"""From a configuration to a trained, exported and tracked model: `fit(config)`, used by jobs/ and tune/ alike.
+
+The driver prepares rows and reference log-probs, gives the run its identity, starts the workers (Ray Train, or this process),
+mirrors their progress, exports the result. All state is in files: the same call again continues a killed run.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import checkpoint, cluster, data, reference
+from pipeline.config import ConfigError, RunConfig, digest
+from pipeline.export import export
+from pipeline.loop import Job, Plan, train_worker
+from pipeline.pretrained import fingerprint, locate, precision
+from pipeline.progress import METRICS_FILE, Monitor, read_metrics
+from pipeline.rows import Rows, write_json
+from pipeline.tracking import Tracker, start
+
+RUN_FILE = "run.json"
+EXPORT = "export"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Where a run's results are."""
+
+    run: Path
+    export: Path
+    metrics: dict[str, float]  # of the last step
+    tracking: str  # where to find the MLflow run; empty when tracking is off
+    already_finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything that training reads, on storage that all nodes share."""
+
+    model: str
+    rows: Path
+    reference: Path | None
+
+
+def check(config: RunConfig) -> None:
+    """What can be known to fail before any work starts. Raises ConfigError."""
+    if config.scaling.offload_optimizer:
+        from pipeline.engine import check_offload
+
+        check_offload()
+
+
+def prepare(config: RunConfig, local: bool = False) -> Prepared:
+    """Weights located, rows tokenised, reference scored; all cached."""
+    check(config)
+    cache = Path(config.storage) / "cache"
+    model = locate(config.model.path, cache)
+    if not local:
+        cluster.connect(config)
+    rows = data.prepare(config, model, local)
+    if config.objective.needs.reference == "none":
+        return Prepared(model, rows, None)
+    frozen = locate(config.model.reference, cache, "model.reference") if config.model.reference else model
+    return Prepared(model, rows, reference.score(config, rows, frozen, local))
+
+
+def fit(config: RunConfig, local: bool = False) -> Result:
+    """Train to the end; continues a killed run, returns at once when the run is already finished.
+
+    Raises ConfigError, data.DataError, loop.Diverged: one line each.
+    """
+    prepared = prepare(config, local)
+    run, identity = open_run(config, prepared)
+    tracker = start(config, run, identity)
+    if (run / EXPORT).is_dir():
+        return Result(run, run / EXPORT, last_metrics(run), tracker.location, already_finished=True)
+    status = "FAILED"
+    try:
+        tracker.log_config(config.dump())
+        _log_data(tracker, prepared.rows)
+        _train(config, prepared, run, tracker, local)
+        newest = checkpoint.latest(run)
+        assert newest is not None
+        exported = export(config, newest, prepared.model, run / EXPORT)
+        tracker.log_summary({f"final/{name}": value for name, value in last_metrics(run).items()})
+        tracker.log_model_reference(exported, config.tracking.copy_model, config.tracking.register_as)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
+    return Result(run, exported, last_metrics(run), tracker.location)
+
+
+def open_run(config: RunConfig, prepared: Prepared) -> tuple[Path, str]:
+    """The run's folder, named by what changes the run's meaning; made if it is new."""
+    storage = Path(config.storage)
+    identity = digest(
+        1,
+        prepared.rows.name,
+        prepared.reference.name if prepared.reference else None,
+        [source.share for source in config.data.sources],
+        len(config.data.sources),
+        config.data.eval_fraction,
+        fingerprint(prepared.model, storage / "cache"),
+        str(precision(config.model.dtype)),
+        config.model.lora.model_dump() if config.model.lora else None,
+        config.dump()["objective"],
+        config.optimizer.model_dump(),
+        config.train.model_dump(include={"epochs", "max_steps", "rows_per_step"}),
+        config.seed,
+    )
+    run = storage / "runs" / f"{config.name}-{identity}"
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / RUN_FILE, {"identity": identity, "model": prepared.model, "config": config.dump()})
+    return run, identity
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """What `open_run` wrote. Raises ConfigError when the folder is no run."""
+    if not (run / RUN_FILE).is_file():
+        raise ConfigError(f"{run}: not a run's folder (no {RUN_FILE})")
+    return json.loads((run / RUN_FILE).read_text())
+
+
+def last_metrics(run: Path) -> dict[str, float]:
+    """Each metric's newest value."""
+    newest: dict[str, float] = {}
+    for line in read_metrics(run / METRICS_FILE):
+        newest |= line
+    newest.pop("step", None)
+    return newest
+
+
+def _log_data(tracker: Tracker, rows: Path) -> None:
+    found = data.summary(rows)
+    tracker.log_summary({"data/records": found.records, "data/rows": found.rows, "data/quarantined": found.quarantined})
+    if found.quarantined:
+        tracker.log_dict({"reasons": found.reasons}, "quarantine.json")
+        tracker.log_artifact(rows / data.QUARANTINE)
+
+
+def _train(config: RunConfig, prepared: Prepared, run: Path, tracker: Tracker, local: bool) -> None:
+    job = Job(config, run, prepared.rows, prepared.reference, prepared.model)
+    rows = Rows(prepared.rows, prepared.reference)
+    split = rows.split(config.data, config.seed)
+    if len(split.train) == 0:
+        raise ConfigError("data.eval_fraction: holds out every prompt; lower it or add records")
+    plan = Plan(config, rows.lengths[split.train])
+    with checkpoint.Lease(run), Monitor(run, plan.total_steps, tracker.log_metrics, tracker.last_step()):
+        if local:
+            train_worker(job.plain())
+        else:
+            _train_on_ray(job)
+
+
+def _train_on_ray(job: Job) -> None:
+    """The workers as a Ray Train group; Ray starts them again after a failure, they continue from the last checkpoint."""
+    from ray.train import FailureConfig, RunConfig as RayRunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    scaling = job.config.scaling
+    resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": scaling.gpus_per_worker} if scaling.gpus_per_worker else {})
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=job.plain(),
+        scaling_config=ScalingConfig(
+            num_workers=scaling.workers, use_gpu=scaling.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker else "gloo"),
+        run_config=RayRunConfig(
+            name=f"{job.run.name}-{checkpoint.next_attempt(job.run)}",
+            storage_path=str(job.run / "ray"),
+            failure_config=FailureConfig(max_failures=scaling.max_failures),
+        ),
+    )
+    trainer.fit()

@@ -1,0 +1,307 @@
+"""From `config.Source`s to raw records, in chunks that any process can read on its own.
+
+`plan` makes one streaming pass over the files: it hashes the contents and cuts them into chunks that know the number
+of their first record. `read` turns a chunk into `RawRecord`s; a record that cannot be read is one with an `error`,
+never an exception.
+
+Left out: finding files (`files`), what the fields mean (`layouts`), and where chunks are read (`data`, on Ray).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config import ConfigError, Source, digest
+from pipeline.files import File, compression, one_line, open_binary, resolve
+
+EXCERPT = 500
+"""Characters of a record that the quarantine file shows."""
+
+# A line that holds nothing but white space; the lookahead leaves its end to be the next line's beginning.
+_BLANK_LINE = re.compile(rb"\n[ \t\r\x0b\x0c]*(?=\n)")
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of one file. Plain numbers and strings only, so that `Chunk(**asdict(chunk))` survives Ray Data."""
+
+    source_index: int  # which source
+    path: str  # absolute path or URL
+    format: str  # jsonl (bytes start…stop, at line starts), json (one array, whole), parquet (rows start…stop)
+    start: int
+    stop: int
+    first_record: int  # row_id of its first record
+    records: int
+    first_line: int  # 1-based line, array element or row at which it begins
+    label: str  # file name for people
+    columns: str  # JSON object {ours: theirs}
+
+
+@dataclass(frozen=True, slots=True)
+class RawRecord:
+    """One record as it stands in its file; either `value` or `error` is None."""
+
+    row_id: int  # running number over all sources, whatever the chunk size
+    source: str  # "reviews.jsonl:17"
+    value: dict[str, Any] | None
+    error: str | None  # short and without text of the record, so that reasons can be counted
+    raw: str  # excerpt for the quarantine file
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What there is to read."""
+
+    chunks: list[Chunk]
+    fingerprint: str  # of contents, order and column mappings; not of places, names or chunk sizes
+    records: int
+
+
+_Span = tuple[int, int, int, int]
+"""start, stop, first_line and records of a chunk to be."""
+
+
+# --------------------------------------------------------------------------------------------------- plan
+
+
+def plan(
+    sources: Sequence[Source],
+    work: Path,
+    first_source_index: int = 0,
+    chunk_bytes: int = 8 << 20,
+    *,
+    first_record: int = 0,
+    key: str = "data.sources",
+) -> Plan:
+    """Find, hash and cut the files of all `sources`, in order.
+
+    `work` takes the parquet copies of `datasets` data. `first_source_index` and `first_record` let the numbers of a
+    second plan (held-out records) go on where a first one ended; `key` names the sources in messages.
+    Raises `ConfigError` for what cannot be found or opened. Broken records are left to `read`.
+    """
+    import xxhash  # at several GB/s, hashing costs next to nothing beside reading
+
+    chunks: list[Chunk] = []
+    contents: list[Any] = []
+    record = first_record
+    for i, source in enumerate(sources):
+        contents.append(source.columns)
+        for file in resolve(source, f"{key}.{i}", work):
+            content = xxhash.xxh3_128()
+            try:
+                spans = list(_scan(file, chunk_bytes, content))
+            except (OSError, pa.ArrowException) as error:
+                what = f"{file.path} is not a readable {file.format} file ({one_line(error)})"
+                raise ConfigError(f"{key}.{i}.path: {what}; replace it") from None
+            for start, stop, line, records in spans:
+                place = (first_source_index + i, file.path, file.format, start, stop, record, records, line)
+                chunks.append(Chunk(*place, label=file.label, columns=json.dumps(source.columns, sort_keys=True)))
+                record += records
+            contents.append([file.format, content.hexdigest()])
+    return Plan(chunks, digest(*contents), record - first_record)
+
+
+def _scan(file: File, chunk_bytes: int, content: Any) -> Iterator[_Span]:
+    """Cut one file, and feed its bytes to the hash `content`."""
+    if file.format == "parquet":
+        return _scan_parquet(file.path, chunk_bytes, content)
+    if file.format == "json":
+        return _scan_array(file.path, content)
+    spans = _scan_lines(file.path, chunk_bytes, content)
+    # A compressed stream has no place to start from but its beginning: one chunk.
+    return _joined(spans) if compression(file.path) else spans
+
+
+def _scan_lines(path: str, chunk_bytes: int, content: Any) -> Iterator[_Span]:
+    start, line = 0, 1
+    with open_binary(path) as stream:
+        while block := stream.read(chunk_bytes):
+            block += stream.readline()
+            content.update(block)
+            fenced = b"\n" + block if block.endswith(b"\n") else b"\n" + block + b"\n"
+            lines = fenced.count(b"\n") - 1
+            yield start, start + len(block), line, lines - len(_BLANK_LINE.findall(fenced))
+            start += len(block)
+            line += lines
+
+
+def _joined(spans: Iterator[_Span]) -> Iterator[_Span]:
+    parts = list(spans)
+    if parts:
+        yield 0, parts[-1][1], 1, sum(records for *_, records in parts)
+
+
+def _scan_array(path: str, content: Any) -> Iterator[_Span]:
+    with open_binary(path) as stream:
+        data = stream.read()
+    content.update(data)
+    yield 0, len(data), 1, len(_elements(data))
+
+
+def _scan_parquet(path: str, chunk_bytes: int, content: Any) -> Iterator[_Span]:
+    from pyarrow import parquet
+
+    with open_binary(path) as stream:
+        while block := stream.read(8 << 20):
+            content.update(block)
+        stream.seek(0)
+        metadata = parquet.ParquetFile(stream).metadata
+    size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    rows = max(1, chunk_bytes * metadata.num_rows // max(1, size))
+    for start in range(0, metadata.num_rows, rows):
+        stop = min(start + rows, metadata.num_rows)
+        yield start, stop, start + 1, stop - start
+
+
+# --------------------------------------------------------------------------------------------------- read
+
+
+def read(chunk: Chunk) -> Iterator[RawRecord]:
+    """The records of one chunk, in order.
+
+    Raises RuntimeError when the file no longer holds what was planned, OSError when it cannot be read at all.
+    """
+    parts = {"jsonl": _read_lines, "json": _read_array, "parquet": _read_parquet}[chunk.format](chunk)
+    columns = json.loads(chunk.columns)
+    found = 0
+    for line, value, error, raw in parts:
+        if value is not None and columns:
+            value, error = _mapped(value, columns)
+        yield RawRecord(chunk.first_record + found, f"{chunk.label}:{line}", value, error, raw)
+        found += 1
+    if found != chunk.records:
+        raise RuntimeError(
+            f"{chunk.path}: {found} records where {chunk.records} were planned; the file changed, run again"
+        )
+
+
+_Part = tuple[int, dict[str, Any] | None, str | None, str]
+"""Line, value, error, excerpt."""
+
+
+def _read_lines(chunk: Chunk) -> Iterator[_Part]:
+    with open_binary(chunk.path) as stream:
+        if not compression(chunk.path):
+            stream.seek(chunk.start)
+        position, number = chunk.start, chunk.first_line
+        while position < chunk.stop and (line := stream.readline()):
+            if line.strip():
+                yield number, *_parse_line(_without_mark(line) if position == 0 else line), _excerpt(line)
+            position += len(line)
+            number += 1
+
+
+def _read_array(chunk: Chunk) -> Iterator[_Part]:
+    with open_binary(chunk.path) as stream:
+        elements = _elements(stream.read())
+    for number, element in enumerate(elements, start=1):
+        yield number, *element
+
+
+def _read_parquet(chunk: Chunk) -> Iterator[_Part]:
+    """Rows of the groups that overlap the chunk; what lies before it is decoded again, which is cheap beside the rest."""
+    from pyarrow import parquet
+
+    with open_binary(chunk.path) as stream:
+        file = parquet.ParquetFile(stream)
+        stops = list(accumulate(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)))
+        starts = [0, *stops[:-1]]
+        groups = [i for i in range(len(stops)) if starts[i] < chunk.stop and stops[i] > chunk.start]
+        position = starts[groups[0]] if groups else 0
+        for batch in file.iter_batches(batch_size=1024, row_groups=groups):
+            low, high = max(chunk.start - position, 0), min(chunk.stop - position, batch.num_rows)
+            if low < high:
+                for number, (value, error) in enumerate(_rows(batch.slice(low, high - low)), position + low + 1):
+                    yield number, value, error, _excerpt(value)
+            position += batch.num_rows
+
+
+def _rows(batch: pa.RecordBatch) -> list[tuple[dict[str, Any] | None, str | None]]:
+    """Parquet promises UTF-8 and checks nothing: one bad row must not take the batch along."""
+    try:
+        return [(row, None) for row in batch.to_pylist()]
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            return [(None, "bad UTF-8")]
+        return [row for i in range(batch.num_rows) for row in _rows(batch.slice(i, 1))]
+
+
+def _mapped(value: dict[str, Any], columns: dict[str, str]) -> tuple[dict[str, Any] | None, str | None]:
+    """The record under our names; their columns stay, as unknown ones are ignored."""
+    for ours, theirs in columns.items():
+        if theirs not in value:
+            return None, f"column {theirs!r} (mapped to {ours}) is missing"
+    return value | {ours: value[theirs] for ours, theirs in columns.items()}, None
+
+
+def _excerpt(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value[: 4 * EXCERPT].decode("utf-8", "replace").strip()[:EXCERPT]
+    return json.dumps(value, default=str)[:EXCERPT]
+
+
+def _without_mark(data: bytes) -> bytes:
+    return data.removeprefix(b"\xef\xbb\xbf")
+
+
+# --------------------------------------------------------------------------------------------------- JSON
+
+
+class _NotFinite(ValueError):
+    """NaN or Infinity, which Python's parser would take."""
+
+
+def _refuse_constant(name: str) -> None:
+    raise _NotFinite(name)
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
+def _parse_json(data: bytes) -> tuple[Any, str | None]:
+    """Any JSON value, or the reason why there is none."""
+    try:
+        return _DECODER.decode(data.decode("utf-8")), None
+    except UnicodeDecodeError:
+        return None, "bad UTF-8"
+    except json.JSONDecodeError as error:
+        return None, f"broken JSON: {error.msg}"
+    except _NotFinite:
+        return None, "broken JSON: NaN or Infinity"
+    except RecursionError:
+        return None, "broken JSON: nested too deeply"
+    except ValueError:
+        return None, "broken JSON: number too long"
+
+
+def _parse_line(data: bytes) -> tuple[dict[str, Any] | None, str | None]:
+    value, error = _parse_json(data)
+    return (None, error) if error else _checked(value, data)
+
+
+def _elements(data: bytes) -> list[tuple[dict[str, Any] | None, str | None, str]]:
+    """Elements of a file that is one array. It is one JSON value: broken anywhere, it counts as one broken record."""
+    value, error = _parse_json(_without_mark(data))
+    if error or not isinstance(value, list):
+        return [(None, error or "not a JSON array", _excerpt(data))]
+    return [(*_checked(element, data), _excerpt(element)) for element in value]
+
+
+def _checked(value: Any, data: bytes) -> tuple[dict[str, Any] | None, str | None]:
+    """`value`, parsed from `data`, if it is an object whose strings can be encoded again."""
+    if not isinstance(value, dict):
+        return None, "not a JSON object"
+    if b"\\ud" in data or b"\\uD" in data:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return None, "bad Unicode: half of a surrogate pair"
+    return value, None

@@ -1,0 +1,156 @@
+"""The packed forward equals separate forwards, in value and gradient, for every kind of attention we meet."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.collate import collate
+from pipeline.config import ConfigError, LoraSection
+from pipeline.contracts import Row
+from pipeline.model import Policy
+
+BASE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+HEADED = BASE | {"head_dim": 16}
+ARCHITECTURES = {
+    "llama": BASE,
+    "qwen2": BASE,
+    "qwen3": HEADED,
+    "gemma": HEADED,
+    "gemma3_text": HEADED | {"sliding_window": 4},
+    "mistral": BASE | {"sliding_window": 4},
+    "gpt2": {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "granite": BASE | {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "cohere": BASE | {"logit_scale": 0.3},
+}
+ROWS = [
+    Row(0, [5, 6, 7, 8, 9, 10, 11], [[20, 21, 22, 23, 24, 25], [30, 31]]),
+    Row(1, [40], [[41, 42, 43], [44], [45, 46]]),
+]
+
+
+def build(name: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **ARCHITECTURES[name])
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
+
+
+def separately(lm: torch.nn.Module, row: Row, k: int) -> torch.Tensor:
+    """Log-probs of one response by the model's own forward on [prompt | response], the plainest way there is."""
+    ids = torch.tensor([row.prompt_ids + row.response_ids[k]])
+    logprobs = lm(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1].float().log_softmax(-1)
+    return logprobs.gather(-1, torch.tensor(row.response_ids[k])[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_packed_forward_equals_separate_forwards(name: str, attention: str) -> None:
+    lm = build(name, attention=attention)
+    policy = Policy(lm)
+    assert policy.shared_prompt
+    logprobs = policy(collate(ROWS)).logprobs
+    for b, row in enumerate(ROWS):
+        for k, response in enumerate(row.response_ids):
+            torch.testing.assert_close(logprobs[b, k, : len(response)], separately(lm, row, k), atol=2e-5, rtol=1e-5)
+    assert (logprobs[~collate(ROWS).response_mask] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text"])
+def test_gradients_equal_those_of_separate_forwards(name: str) -> None:
+    lm = build(name)
+    torch.manual_seed(1)
+    weights = [[torch.randn(len(r)) for r in row.response_ids] for row in ROWS]
+    policy, batch = Policy(lm), collate(ROWS)
+    out = policy(batch).logprobs
+    total = sum((out[b, k, : len(w)] * w).sum() for b, row in enumerate(weights) for k, w in enumerate(row))
+    packed = torch.autograd.grad(total, list(lm.parameters()))
+    apart = sum((separately(lm, ROWS[b], k) * w).sum() for b, row in enumerate(weights) for k, w in enumerate(row))
+    for one, other in zip(packed, torch.autograd.grad(apart, list(lm.parameters())), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+def test_bfloat16_stays_within_its_rounding() -> None:
+    exact = Policy(build("llama"))(collate(ROWS)).logprobs
+    rounded = Policy(build("llama", torch.bfloat16))(collate(ROWS)).logprobs
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, atol=0.03, rtol=0.01)
+
+
+def test_a_model_that_ignores_masks_falls_back_to_separate_rows(caplog: pytest.LogCaptureFixture) -> None:
+    lm = build("llama")
+    with torch.no_grad():
+        for p in lm.parameters():
+            p.mul_(10)  # freshly initialised weights barely look at the context
+    inner = lm.model.forward
+
+    def deaf(
+        *args, attention_mask=None, position_ids=None, **kwargs
+    ):  # like a recurrent model: causal order is all it knows
+        return inner(*args, **kwargs)
+
+    lm.model.forward = deaf
+    policy = Policy(lm)
+    assert not policy.shared_prompt
+    assert "block mask" in caplog.text
+    logprobs = policy(collate(ROWS)).logprobs
+    for b, row in enumerate(ROWS):
+        for k, response in enumerate(row.response_ids):
+            torch.testing.assert_close(logprobs[b, k, : len(response)], separately(lm, row, k), atol=2e-5, rtol=1e-5)
+
+
+def test_unknown_transformation_of_logits_is_refused() -> None:
+    lm = build("llama")
+    lm.register_forward_hook(lambda module, args, out: out.__class__(logits=out.logits * 2))
+    with pytest.raises(ConfigError, match="transforms its logits"):
+        Policy(lm)
+
+
+def test_dropout_is_off_so_that_step_zero_is_the_reference() -> None:
+    lm = build("gpt2").train()  # GPT-2's own default is 0.1
+    policy = Policy(lm).train()
+    batch = collate(ROWS)
+    assert torch.equal(policy(batch).logprobs, policy(batch).logprobs)
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    grads = []
+    for recompute in (False, True):
+        policy = Policy(build("llama")).train()
+        if recompute:
+            policy.enable_activation_checkpointing()
+        policy(collate(ROWS)).logprobs.sum().backward()
+        grads.append([p.grad for p in policy.parameters()])
+    for one, other in zip(*grads, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_lora_trains_adapters_only_and_its_reference_is_the_base_model() -> None:
+    base = Policy(build("llama"))(collate(ROWS)).logprobs
+    policy = Policy(build("llama"), LoraSection(r=4, alpha=8))
+    trainable = [name for name, p in policy.named_parameters() if p.requires_grad]
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    moved = policy(collate(ROWS)).logprobs
+    assert (moved - base).abs().max() > 0.1
+    with policy.reference():
+        torch.testing.assert_close(policy(collate(ROWS)).logprobs, base)
+    torch.testing.assert_close(Policy(policy.merged())(collate(ROWS)).logprobs, moved, atol=1e-4, rtol=1e-4)
+
+
+def test_lora_on_modules_that_do_not_exist_is_one_clear_line() -> None:
+    with pytest.raises(ConfigError, match=r"model\.lora\.target_modules"):
+        Policy(build("llama"), LoraSection(target_modules=("no_such_module",)))
