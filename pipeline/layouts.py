@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -50,6 +50,7 @@ def parse(value: Mapping[str, Any], kind: RecordKind, ties: str = "refuse") -> R
         record = RECORDS[kind].model_validate(_LAYOUTS[kind](given) | {"weight": given.get("weight", 1.0)})
     except ValidationError as error:
         raise ValueError(_reason(error)) from None
+    _refuse_surrogates(record.prompt, record.ranked)
     if kind == "ranking" and ties == "refuse" and record.tied:
         raise ValueError("tied ranks")
     return record
@@ -66,7 +67,9 @@ def parse_prompt(value: Mapping[str, Any]) -> str | list[Message]:
     if isinstance(prompt, list) and not prompt:
         raise ValueError("no prompt: the dialogue begins with the answer")
     prompt = _with_system(prompt, given)
-    return prompt if isinstance(prompt, str) else [Message(**turn) for turn in prompt]
+    prompt = prompt if isinstance(prompt, str) else [Message(**turn) for turn in prompt]
+    _refuse_surrogates(prompt)
+    return prompt
 
 
 # ------------------------------------------------------------------------------------------ kinds of record
@@ -184,7 +187,7 @@ def _with_system(prompt: Prompt, given: dict[str, Any]) -> Prompt:
 
 def _shared_text(texts: list[str]) -> str:
     """The prompt that whole texts have in common; the module's docstring has the rule."""
-    shared = os.path.commonprefix(texts)
+    shared = os.path.commonprefix(texts)  # noqa: RUF071 (letter by letter is what is meant)
     if ASSISTANT in shared:
         end = shared.rindex(ASSISTANT) + len(ASSISTANT)
         if any(HUMAN in text[end:] for text in texts):
@@ -252,6 +255,16 @@ def _refuse_empty(texts: dict[str, str]) -> None:
             raise ValueError(f"empty response: {_field(name)}")
 
 
+def _refuse_surrogates(prompt: str | list[Message], responses: Sequence[str] = ()) -> None:
+    """Half a surrogate pair is legal in a Python string, and breaks every tokenizer and file."""
+    turns = [prompt] if isinstance(prompt, str) else [text for turn in prompt for text in (turn.role, turn.content)]
+    try:
+        for text in (*turns, *responses):
+            text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("bad Unicode: half of a surrogate pair") from None
+
+
 def _number(value: Any, field: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"wrong type: {field} is {_kind(value)}, expected a number")
@@ -278,6 +291,4 @@ def _reason(error: ValidationError) -> str:
     """The first problem that pydantic found, short and without the record's text."""
     problem = error.errors(include_input=False, include_url=False)[0]
     field = str(problem["loc"][0]) if problem["loc"] else "record"
-    if problem["type"] == "string_unicode":
-        return f"bad Unicode: {field}"
     return f"unusable {field}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"

@@ -52,7 +52,7 @@ def micro_batches(step: Sequence[int], lengths: np.ndarray, workers: int, budget
     rows = sorted((int(i) for i in step), key=lambda i: (-lengths[i], i))
     rounds = 1
     while True:
-        bins = _even_bins(rows, lengths, workers * rounds)
+        bins = _even_bins(rows, lengths, workers * rounds, budget)
         if all(len(b) == 1 or lengths[b[0]] * len(b) <= budget for b in bins):
             break
         rounds += 1
@@ -62,9 +62,13 @@ def micro_batches(step: Sequence[int], lengths: np.ndarray, workers: int, budget
     return [dealt[rank::workers] for rank in range(workers)]
 
 
-def _even_bins(rows: list[int], lengths: np.ndarray, count: int) -> list[list[int]]:
+def _even_bins(rows: list[int], lengths: np.ndarray, count: int, budget: int) -> list[list[int]]:
     """Cut rows (longest first) into at most `count` bins, the dearest bin as cheap as possible."""
-    low, high = int(lengths[rows[0]]), int(lengths[rows[0]]) * len(rows)
+    longest = int(lengths[rows[0]])
+    low, high = (
+        min(longest, budget),
+        longest * len(rows),
+    )  # cheaper than the longest row, or than allowed, gains nothing
     while low < high:  # bisection on the cost of a bin
         middle = (low + high) // 2
         if len(_greedy_bins(rows, lengths, middle)) <= count:

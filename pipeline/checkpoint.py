@@ -1,0 +1,313 @@
+"""Checkpoints on a shared file system: layout, checksums, atomic commit, fencing of stale writers, retention.
+
+    <run>/checkpoints/step-00000020/   weights-00001-of-00002.safetensors …   float32 parameters by name
+                                       moments-00001-of-00002.safetensors …   exp_avg/<name>, exp_avg_sq/<name>
+                                       state.json                             what the caller wants back: step, best, …
+                                       manifest.json                          name → size and checksum of the rest
+    <run>/attempt, attempt.lock, lease                                        who may commit
+
+A checkpoint is written aside (`.step-00000020.<attempt>`), its manifest last, flushed, and renamed into place: a folder
+named `step-…` is whole or damaged, never half written. Only the newest attempt at a run may commit, and only while its
+driver lives: workers were seen to go on after their driver was killed.
+
+Left out: how tensors get out of and into a trainer (`engine`), and any communication between ranks.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+FOLDER, STATE, MANIFEST, SEAL = "checkpoints", "state.json", "manifest.json", ".seal"
+BLOCK_BYTES = 8 * 2**20
+LEASE_SECONDS = 15.0
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class Superseded(RuntimeError):
+    """This attempt may not commit: a newer one has begun, or its driver is gone."""
+
+
+class Corrupt(ValueError):
+    """A checkpoint that does not verify: names the file and what is wrong with it."""
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write and flush one safetensors file, and beside it its seal (size and checksum, for the manifest).
+
+    Each writer seals its own files, so that checksums are computed in parallel and what `finish` sees is compared with
+    what was written. Tensors have to be on the CPU and contiguous.
+    """
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), path)
+    _flush(path)
+    _write_json(path.with_name(path.name + SEAL), _entry(path))
+
+
+def finish(folder: Path, state: Mapping[str, Any], attempt: Attempt) -> Path:
+    """Complete the temporary checkpoint `folder`, all of whose tensors are written, and commit it as step `state["step"]`.
+
+    Returns its final path. Raises Superseded, and Corrupt when a file is not what its writer sealed.
+    """
+    _write_json(folder / STATE, state)
+    entries = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(SEAL):
+            continue
+        seal = path.with_name(path.name + SEAL)
+        entries[path.name] = json.loads(seal.read_text()) if seal.exists() else _entry(path)
+        if path.stat().st_size != entries[path.name]["size"]:
+            raise Corrupt(f"{path}: its writer sealed another size; is the storage shared by all workers?")
+        seal.unlink(missing_ok=True)
+    _write_json(folder / MANIFEST, {"files": entries})
+    final = path_of(attempt.run, int(state["step"]))
+    attempt.commit(folder, final)
+    return final
+
+
+def digest_file(path: Path) -> str:
+    """BLAKE2b of a file's content, as hex; memory does not grow with the file."""
+    digest = hashlib.blake2b(digest_size=32)
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"size": path.stat().st_size, "blake2b": digest_file(path)}
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Written aside, flushed and renamed: readers see the old content or the new."""
+    aside = path.with_name(f".{path.name}.new")
+    aside.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=True) + "\n")
+    _flush(aside)
+    aside.rename(path)
+
+
+def _flush(path: Path) -> None:
+    """Have a file's content, or a folder's list of names, on disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def path_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / FOLDER / f"step-{step:08d}"
+
+
+def saved(run: Path) -> list[Path]:
+    """All committed checkpoints, oldest first; unverified."""
+    if not (run / FOLDER).is_dir():
+        return []
+    found = [(int(match[1]), path) for path in (run / FOLDER).iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def latest(run: Path) -> Path | None:
+    """The newest checkpoint that verifies, or None. Damaged ones are skipped with a warning that says why."""
+    for folder in reversed(saved(run)):
+        try:
+            verify(folder)
+        except Corrupt as error:
+            logger.warning("%s; falling back to the checkpoint before", error)
+        else:
+            return folder
+    return None
+
+
+def verify(folder: Path) -> None:
+    """Compare every file with the manifest. Raises Corrupt."""
+    try:
+        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        entries = {str(name): (int(entry["size"]), str(entry["blake2b"])) for name, entry in files.items()}
+    except FileNotFoundError:
+        raise Corrupt(f"{folder / MANIFEST}: missing") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Corrupt(f"{folder / MANIFEST}: unreadable") from None
+    for name, (size, digest) in entries.items():
+        path = folder / name
+        if path.parent != folder or not path.is_file():
+            raise Corrupt(f"{path}: missing")
+        if path.stat().st_size != size:
+            raise Corrupt(f"{path}: {path.stat().st_size} bytes instead of {size}")
+        if digest_file(path) != digest:
+            raise Corrupt(f"{path}: its checksum differs from the manifest's")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What `finish` was given."""
+    return json.loads((folder / STATE).read_bytes())
+
+
+def read_tensors(folder: Path, kind: Literal["weights", "moments"]) -> Iterator[tuple[str, Tensor]]:
+    """(name, float32 tensor on the CPU), one at a time, from however many files there are."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob(f"{kind}-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                yield name, file.get_tensor(name)
+
+
+def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The trained parameters: (name, float32 tensor), one at a time."""
+    return read_tensors(folder, "weights")
+
+
+def prune(run: Path, keep: int, best: Path | None = None) -> None:
+    """Delete all checkpoints but the newest `keep` and the best."""
+    assert keep >= 1
+    for folder in saved(run)[:-keep]:
+        if folder != best:
+            # Renamed first: a deletion that is cut short must not leave a damaged checkpoint behind.
+            doomed = folder.with_name(f".{folder.name}.pruned")
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+# ------------------------------------------------------------------------------------------------ fencing
+
+
+def next_attempt(run: Path) -> int:
+    """The number that the next attempt will get if nobody else begins one first."""
+    path = run / "attempt"
+    return int(path.read_text()) + 1 if path.exists() else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """The right to commit checkpoints of a run, until a newer attempt begins or the driver is gone."""
+
+    run: Path
+    number: int
+    leased: bool  # a driver had a lease on the run when this began: from then on it has to keep it fresh
+    lease_seconds: float = LEASE_SECONDS
+
+    @classmethod
+    def begin(cls, run: Path, lease_seconds: float = LEASE_SECONDS) -> Attempt:
+        """Take the next number; from now on older attempts cannot commit, and what they left half written is removed.
+
+        Raises Superseded when a driver had a lease on this run and let it expire: whoever starts this outlived it.
+        """
+        (run / FOLDER).mkdir(parents=True, exist_ok=True)
+        leased = (run / "lease").exists()
+        if leased:
+            _await_driver(run, lease_seconds)
+        with _lock(run):
+            number = next_attempt(run)
+            _write_json(run / "attempt", number)
+            for leftover in (run / FOLDER).glob(".step-*"):
+                shutil.rmtree(leftover)
+        return cls(run, number, leased, lease_seconds)
+
+    def temporary(self, step: int) -> Path:
+        """A new empty folder, on the run's own file system, to write the checkpoint of `step` into."""
+        folder = path_of(self.run, step).with_name(f".step-{step:08d}.{self.number}")
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+        return folder
+
+    def commit(self, temporary: Path, final: Path) -> None:
+        """Rename a complete temporary checkpoint into place. Raises Superseded, one line."""
+        if self.leased:
+            _await_driver(self.run, self.lease_seconds)
+        with _lock(self.run):
+            newest = next_attempt(self.run) - 1
+            if newest != self.number:
+                raise Superseded(f"{self.run}: attempt {self.number} may not commit, attempt {newest} has taken over")
+            _flush(temporary)
+            replaced = final.with_name(f".{final.name}.replaced")
+            if final.exists():  # one that did not verify, and was trained over again
+                final.rename(replaced)
+            temporary.rename(final)
+            _flush(final.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
+
+
+class Lease:
+    """A driver's sign of life: a context that touches `<run>/lease` every `interval` seconds from a thread.
+
+    On leaving, the lease expires at once but stays: workers that are still alive then may not go on committing.
+    """
+
+    def __init__(self, run: Path, interval: float = 1.0) -> None:
+        self._path, self._interval = run / "lease", interval
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+
+    def __enter__(self) -> Lease:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.touch()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        os.utime(self._path, (0, 0))
+
+    def _renew(self) -> None:
+        while not self._stop.wait(self._interval):
+            try:
+                self._path.touch()
+            except OSError as error:  # storage out of reach for a moment: workers wait, so keep trying
+                logger.warning("%s: cannot be renewed (%s)", self._path, error)
+
+
+def _await_driver(run: Path, lease_seconds: float) -> None:
+    """Return once the lease is fresh. Raises Superseded when nobody renews it within `lease_seconds`.
+
+    Waiting is for a machine that was suspended: its worker may wake up before its driver's thread does.
+    """
+    until = time.monotonic() + lease_seconds
+    while (age := _lease_age(run)) > lease_seconds:
+        if time.monotonic() > until:
+            known = f"its lease was last renewed {age:.0f} s ago" if age < 1e8 else "it gave back its lease"
+            raise Superseded(f"{run}: its driver is gone ({known}); start the same command again to go on")
+        time.sleep(min(0.2, lease_seconds / 10))
+
+
+def _lease_age(run: Path) -> float:
+    """Seconds since the last renewal, both ends by the file server's clock."""
+    clock = run / "attempt.lock"
+    clock.touch()
+    return clock.stat().st_mtime - (run / "lease").stat().st_mtime
+
+
+@contextmanager
+def _lock(run: Path) -> Iterator[None]:
+    with (run / "attempt.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

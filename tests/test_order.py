@@ -1,0 +1,56 @@
+"""Order is a pure function: every row once, whatever the number of workers."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.order import micro_batches, step_rows, steps_per_epoch
+
+lengths = st.lists(st.integers(1, 300), min_size=1, max_size=60).map(np.array)
+
+
+@given(lengths, st.integers(0, 5), st.integers(0, 5), st.integers(1, 9))
+def test_an_epoch_uses_every_row_once(lengths: np.ndarray, seed: int, epoch: int, per_step: int) -> None:
+    steps = step_rows(lengths, seed, epoch, per_step)
+    assert sorted(np.concatenate(steps).tolist()) == list(range(len(lengths)))
+    assert len(steps) == steps_per_epoch(len(lengths), per_step)
+    assert sorted(len(step) for step in steps)[1:] == [per_step] * (len(steps) - 1)  # only one may be smaller
+
+
+def test_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
+    lengths = np.arange(1, 101)
+    flat = lambda *key: np.concatenate(step_rows(lengths, *key, 4)).tolist()  # noqa: E731
+    assert flat(0, 0) == flat(0, 0)
+    assert flat(0, 0) != flat(0, 1)
+    assert flat(0, 0) != flat(1, 0)
+
+
+def test_rows_of_a_step_have_similar_lengths_but_steps_are_mixed() -> None:
+    lengths = np.random.default_rng(0).integers(1, 1000, 4000)
+    steps = step_rows(lengths, 0, 0, 16)
+    within = np.mean([np.ptp(lengths[step]) for step in steps])
+    shuffled = np.mean([np.ptp(part) for part in np.split(np.random.default_rng(1).permutation(lengths), 250)])
+    assert within < 0.3 * shuffled
+    means = np.array([lengths[step].mean() for step in steps])
+    assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.2
+
+
+@given(lengths, st.integers(1, 5), st.integers(16, 400))
+def test_a_step_is_dealt_out_without_loss_and_within_the_budget(lengths: np.ndarray, workers: int, budget: int) -> None:
+    dealt = micro_batches(range(len(lengths)), lengths, workers, budget)
+    assert len(dealt) == workers
+    assert len({len(mine) for mine in dealt}) == 1  # collectives match: every rank does the same number
+    real = [m for mine in dealt for m in mine if not m.filler]
+    assert sorted(row for m in real for row in m.rows) == list(range(len(lengths)))
+    for m in real:
+        assert len(m.rows) == 1 or max(lengths[list(m.rows)]) * len(m.rows) <= budget
+
+
+def test_ranks_get_equal_cost() -> None:
+    lengths = np.random.default_rng(0).lognormal(5, 0.6, 256).astype(int) + 1
+    dealt = micro_batches(range(256), lengths, 4, 8192)
+    cost = [sum(max(lengths[list(m.rows)]) * len(m.rows) for m in mine) for mine in dealt]
+    assert max(cost) < 1.1 * min(cost)
+    assert sum(cost) < 1.25 * lengths.sum()  # padding

@@ -1,0 +1,112 @@
+"""Prepared folders: written once, joined by row id, refused when anything is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from pipeline.config import DataConfig
+from pipeline.contracts import REFERENCE_SCHEMA, ROW_SCHEMA
+from pipeline.order import MicroBatch
+from pipeline.rows import Rows, StaleCache, finish, is_finished, write_part
+
+
+def row(row_id: int, source: int = 0, prompt: int | None = None) -> dict:
+    responses = [list(range(row_id % 3 + 1)), [9]]
+    return {
+        "row_id": row_id,
+        "source": f"f:{row_id}",
+        "source_index": source,
+        "prompt_hash": prompt if prompt is not None else row_id * 7919 % 1000,
+        "prompt_ids": [1] * (row_id % 4 + 1),
+        "response_ids": responses,
+        "weight": 1.0,
+    }
+
+
+def write(folder: Path, *parts: list[dict]) -> Path:
+    folder.mkdir()
+    for i, rows in enumerate(parts):
+        write_part(folder, i, pa.Table.from_pylist(rows, schema=ROW_SCHEMA))
+    finish(folder, {})
+    return folder
+
+
+def reference(folder: Path, ids: list[int]) -> Path:
+    folder.mkdir()
+    table = [{"row_id": i, "ref_logprobs": [[-float(i)] * (i % 3 + 1), [-0.5]]} for i in ids]
+    write_part(folder, 0, pa.Table.from_pylist(table, schema=REFERENCE_SCHEMA))
+    finish(folder, {})
+    return folder
+
+
+def data(**changes) -> DataConfig:
+    return DataConfig(kind="preference", **({"sources": [{"path": "x"}]} | changes))
+
+
+def test_rows_come_back_in_row_order_with_their_own_reference(tmp_path: Path) -> None:
+    rows = Rows(
+        write(tmp_path / "rows", [row(5), row(3)], [row(4), row(0)]), reference(tmp_path / "ref", [4, 0, 9, 5, 3])
+    )
+    assert [rows[i].row_id for i in range(len(rows))] == [0, 3, 4, 5]
+    for i in range(len(rows)):
+        found, expected = rows[i], row(rows[i].row_id)
+        assert found.prompt_ids == expected["prompt_ids"]
+        assert found.response_ids == expected["response_ids"]
+        assert found.ref_logprobs == [[-float(found.row_id)] * len(found.response_ids[0]), [-0.5]]
+        assert rows.lengths[i] == found.tokens
+        assert rows.source(i) == f"f:{found.row_id}"
+
+
+def test_a_filler_has_no_weight(tmp_path: Path) -> None:
+    rows = Rows(write(tmp_path / "rows", [row(0), row(1)]))
+    assert [r.weight for r in rows.take(MicroBatch((0, 1)))] == [1.0, 1.0]
+    assert [r.weight for r in rows.take(MicroBatch((1,), filler=True))] == [0.0]
+
+
+def test_a_missing_reference_row_is_refused_by_number(tmp_path: Path) -> None:
+    folder = write(tmp_path / "rows", [row(0), row(1), row(2)])
+    with pytest.raises(StaleCache, match=r"1 rows have no reference .*\[1\]"):
+        Rows(folder, reference(tmp_path / "ref", [0, 2]))
+
+
+def test_unfinished_and_damaged_folders_are_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "rows", [row(0)], [row(1)])
+    part = folder / "part-000001.arrow"
+    part.write_bytes(part.read_bytes()[:-8])
+    assert not is_finished(folder)
+    with pytest.raises(StaleCache, match="part-000001.arrow"):
+        Rows(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(StaleCache, match="not finished"):
+        Rows(folder)
+
+
+def test_no_prompt_is_on_both_sides_of_the_split(tmp_path: Path) -> None:
+    rows = Rows(write(tmp_path / "rows", [row(i, prompt=i // 2 * 31 % 97) for i in range(60)]))
+    split = rows.split(data(eval_fraction=0.2), seed=0)
+    assert len(split.eval) == 12  # 6 of 30 prompts, 2 rows each
+    assert not set(rows.prompt_hash[split.train]) & set(rows.prompt_hash[split.eval])
+    assert sorted([*split.train, *split.eval]) == list(range(60))
+
+
+def test_eval_sources_are_held_out_whole(tmp_path: Path) -> None:
+    rows = Rows(write(tmp_path / "rows", [row(i, source=i % 2) for i in range(10)]))
+    split = rows.split(data(eval_sources=[{"path": "y"}]), seed=0)
+    assert set(rows.source_index[split.eval]) == {1}
+    assert set(rows.source_index[split.train]) == {0}
+    assert len(split.train) == len(split.eval) == 5
+
+
+def test_shares_set_the_mix_and_what_is_left_out_is_counted(tmp_path: Path) -> None:
+    rows = Rows(write(tmp_path / "rows", [row(i, source=int(i >= 30)) for i in range(50)]))  # 30 + 20 rows
+    config = data(sources=[{"path": "x", "share": 1}, {"path": "y", "share": 3}])
+    split = rows.split(config, seed=0)
+    counts = np.bincount(rows.source_index[split.train])
+    assert counts.tolist() == [6, 20]  # all of y, and a third as many of x (rounded down)
+    assert split.left_out == 24
+    assert split.train.tolist() == rows.split(config, seed=0).train.tolist()
+    assert split.train.tolist() != rows.split(config, seed=1).train.tolist()
