@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -28,7 +29,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 from torch import Tensor
@@ -151,6 +151,8 @@ def verify(folder: Path) -> None:
         entries = {str(name): (int(entry["size"]), str(entry["blake2b"])) for name, entry in files.items()}
     except FileNotFoundError:
         raise Corrupt(f"{folder / MANIFEST}: missing") from None
+        if STATE not in entries:
+            raise KeyError(STATE)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Corrupt(f"{folder / MANIFEST}: unreadable") from None
     for name, (size, digest) in entries.items():
@@ -188,10 +190,17 @@ def prune(run: Path, keep: int, best: Path | None = None) -> None:
     assert keep >= 1
     for folder in saved(run)[:-keep]:
         if folder != best:
-            # Renamed first: a deletion that is cut short must not leave a damaged checkpoint behind.
-            doomed = folder.with_name(f".{folder.name}.pruned")
-            folder.rename(doomed)
-            shutil.rmtree(doomed)
+            _discard(folder)
+
+
+def _discard(folder: Path) -> None:
+    """Delete; renamed first, so that nothing damaged is left under its name and late writers fail instead of refilling it."""
+    doomed = folder.with_name(f".{folder.name.lstrip('.')}.discarded")
+    if doomed.exists() or folder.name.endswith(".discarded"):  # a deletion that was cut short
+        shutil.rmtree(doomed if doomed.exists() else folder, ignore_errors=True)
+    if folder.exists():
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)  # what stays is tried again by the next attempt
 
 
 # ------------------------------------------------------------------------------------------------ fencing
@@ -226,14 +235,14 @@ class Attempt:
             number = next_attempt(run)
             _write_json(run / "attempt", number)
             for leftover in (run / FOLDER).glob(".step-*"):
-                shutil.rmtree(leftover)
+                _discard(leftover)
         return cls(run, number, leased, lease_seconds)
 
     def temporary(self, step: int) -> Path:
         """A new empty folder, on the run's own file system, to write the checkpoint of `step` into."""
         folder = path_of(self.run, step).with_name(f".step-{step:08d}.{self.number}")
         if folder.exists():
-            shutil.rmtree(folder)
+            _discard(folder)
         folder.mkdir()
         return folder
 
@@ -246,12 +255,10 @@ class Attempt:
             if newest != self.number:
                 raise Superseded(f"{self.run}: attempt {self.number} may not commit, attempt {newest} has taken over")
             _flush(temporary)
-            replaced = final.with_name(f".{final.name}.replaced")
             if final.exists():  # one that did not verify, and was trained over again
-                final.rename(replaced)
+                _discard(final)
             temporary.rename(final)
             _flush(final.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
 
 
 class Lease:
@@ -271,9 +278,7 @@ class Lease:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
         os.utime(self._path, (0, 0))
@@ -301,9 +306,9 @@ def _await_driver(run: Path, lease_seconds: float) -> None:
 
 def _lease_age(run: Path) -> float:
     """Seconds since the last renewal, both ends by the file server's clock."""
-    clock = run / "attempt.lock"
+    clock, lease = run / "attempt.lock", run / "lease"
     clock.touch()
-    return clock.stat().st_mtime - (run / "lease").stat().st_mtime
+    return clock.stat().st_mtime - lease.stat().st_mtime if lease.exists() else math.inf
 
 
 @contextmanager

@@ -26,10 +26,11 @@ from pydantic import (
 )
 
 from pipeline.contracts import Objective, RecordKind
+from pipeline.errors import UserError
 from pipeline.objectives import OBJECTIVES, resolve
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A configuration that cannot work: one line that names the key and the remedy."""
 
 
@@ -257,7 +258,7 @@ class RunConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
     """Human part of the run's folder; the rest is a hash of what changes the run's meaning."""
     seed: int = 0
-    storage: Name = "outputs"
+    storage: Annotated[Name, AfterValidator(_absolute), Field(validate_default=True)] = "outputs"
     """Folder for caches, runs and the MLflow database; on a cluster, a path that all nodes share."""
     checkpoint_from: str | None = None
     """Checkpoint, run or model that `jobs.eval` and `jobs.decode` read; default: this configuration's own run."""
@@ -404,3 +405,25 @@ def digest(*parts: Any) -> str:
     """Short hash of plain JSON values: names caches and runs by what they are made of."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def describe() -> str:
+    """Every key with its default and meaning, for `qalign keys`."""
+    lines = _describe_section(RunConfig, "")
+    for name, objective in OBJECTIVES.items():
+        lines.append(f"\nobjective.name={name}: {(objective.__doc__ or '').strip().splitlines()[0]}")
+        lines += _describe_section(objective, "objective.")
+    return "\n".join(lines)
+
+
+def _describe_section(model: type[BaseModel], prefix: str) -> list[str]:
+    lines = []
+    for name, info in model.model_fields.items():
+        section = _section_in(info.annotation)
+        if section is not None and name != "objective":
+            lines += ["", f"[{prefix}{name}] {(section.__doc__ or '').strip().splitlines()[0]}"]
+            lines += _describe_section(section, f"{prefix}{name}.")
+        elif name != "objective":
+            default = "required" if info.is_required() else repr(info.default)
+            lines.append(f"{prefix}{name} = {default}    {(info.description or '').strip()}")
+    return lines

@@ -245,7 +245,7 @@ class Objective(BaseModel):
     as a dotted path, `objective: {name: "my_package.my_module:MyObjective", …}`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     needs: ClassVar[Needs]
 
     def weight(self, batch: Batch) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from pipeline.config import DataConfig, RunConfig, digest
 from pipeline.contracts import ROW_SCHEMA
+from pipeline.errors import UserError
 from pipeline.layouts import parse
 from pipeline.pretrained import load_tokenizer
 from pipeline.rendering import Renderer
@@ -28,9 +29,11 @@ from pipeline.sources import Chunk, RawRecord, plan, read
 from pipeline.stage import Item, Resources, run_stage
 
 QUARANTINE = "quarantine.jsonl"
+CHUNK_BYTES = 4 * 2**20
+"""Input of one part: some seconds of tokenising, so that actors share the work evenly."""
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Too many records are unusable, or none is left."""
 
 
@@ -107,13 +110,21 @@ def prepare(config: RunConfig, model: str, local: bool = False) -> Path:
     Raises ConfigError when a source cannot be found (before any cluster work), DataError when too many records are bad.
     """
     cache = Path(config.storage) / "cache"
-    sources = [*config.data.sources, *config.data.eval_sources]
-    reading = plan(sources, cache / "sources")
+    train = plan(config.data.sources, cache / "sources", chunk_bytes=CHUNK_BYTES)
+    held_out = plan(
+        config.data.eval_sources,
+        cache / "sources",
+        first_source_index=len(config.data.sources),
+        chunk_bytes=CHUNK_BYTES,
+        first_record=train.records,
+        key="data.eval_sources",
+    )
     tokenizer = load_tokenizer(model, config.model.trust_remote_code)
-    folder = cache / f"rows-{digest(1, reading.fingerprint, _shaping(config.data), tokenizer_identity(tokenizer))}"
+    contents = [train.fingerprint, held_out.fingerprint]
+    folder = cache / f"rows-{digest(1, contents, _shaping(config.data), tokenizer_identity(tokenizer))}"
     if not is_finished(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _write(config, reading.chunks, folder, model, local)
+        _write(config, train.chunks + held_out.chunks, folder, model, local)
     _refuse(config.data, summary(folder), folder)
     return folder
 

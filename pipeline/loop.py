@@ -23,6 +23,7 @@ from pipeline.config import RunConfig, validate
 from pipeline.contracts import Batch, Mean, Objective, PolicyOut
 from pipeline.distributed import agree, process_group
 from pipeline.engine import Engine, lr_at
+from pipeline.errors import UserError
 from pipeline.metrics import Sums, all_sum, batch_metrics
 from pipeline.model import load_policy
 from pipeline.order import micro_batches, step_rows, steps_per_epoch
@@ -30,7 +31,7 @@ from pipeline.progress import METRICS_FILE, MetricsFile
 from pipeline.rows import Rows, Split
 
 
-class Diverged(RuntimeError):
+class Diverged(UserError, RuntimeError):
     """The loss is not finite: names the step and its rows."""
 
 

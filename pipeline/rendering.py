@@ -165,10 +165,10 @@ class Renderer:
 
     def _context(self, text: str, ids: list[int]) -> tuple[str, list[int]]:
         """The end of a prompt from its last special token on: nothing before it changes the tokens that follow."""
-        place = next((i for i in reversed(range(len(ids))) if ids[i] in self._specials), 0)
-        start = max(text.rfind(self.tokenizer.convert_ids_to_tokens(ids[place])), 0) if ids else 0
-        own = self._encode(text[start:])
-        return (text[start:], own) if own == ids[len(ids) - len(own) :] else (text, ids)
+        last = next((i for i in reversed(ids) if i in self._specials), None)
+        start = text.rfind(self.tokenizer.convert_ids_to_tokens(last)) if last is not None else -1
+        own = self._encode(text[start:]) if start > 0 else ids
+        return (text[start:], own) if start > 0 and own == ids[len(ids) - len(own) :] else (text, ids)
 
     def _after(self, context: str, ids: list[int], part: str) -> list[int]:
         """Tokens of a text that follows the context's, from both together where its own are a prefix of those."""

@@ -21,12 +21,13 @@ import pyarrow as pa
 
 from pipeline.config import DataConfig
 from pipeline.contracts import REFERENCE_SCHEMA, ROW_SCHEMA, Row
+from pipeline.errors import UserError
 from pipeline.order import MicroBatch
 
 MANIFEST = "manifest.json"
 
 
-class StaleCache(ValueError):
+class StaleCache(UserError, ValueError):
     """A prepared folder is unfinished, damaged, or lacks rows."""
 
 

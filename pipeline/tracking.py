@@ -1,48 +1,24 @@
-"""The only importer of MLflow: one MLflow run per job, however often the job is restarted.
+"""What a driver may tell about its run, and to whom: `start` gives the MLflow tracker, or one that tells nobody.
 
-The driver calls `start`; what it logs goes through a backlog, so that a server that is down delays nothing and loses
-nothing that comes back in time: training never fails because of tracking. The run's id and the newest step sent are
-kept in `<run>/tracking.json`, which is how a restarted driver finds its run and logs no step twice.
-
-Left out: what is logged and when (`driver`), and the step metrics' own file (`progress`), which outlives any outage.
+Left out: MLflow itself (`mlflow_run`), what is logged and when (`driver`), and the step metrics' own file (`progress`).
 """
 
 from __future__ import annotations
 
-import json
-import logging
-import math
 import os
-import re
 import subprocess
-import time
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pipeline.backlog import Backlog
 from pipeline.config import ConfigError, RunConfig
 
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import Metric
-
-STATE_FILE = "tracking.json"
 DATABASE = "mlflow.db"
 SCHEMES = {"sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks"}
 VERSIONS = ("qalign", "torch", "ray", "deepspeed", "transformers")
-FINAL = {  # errors that another attempt won't mend; all others (no connection, a locked database, …) are retried
-    "INVALID_PARAMETER_VALUE",
-    "BAD_REQUEST",
-    "RESOURCE_DOES_NOT_EXIST",
-    "RESOURCE_ALREADY_EXISTS",
-}
-
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-logger = logging.getLogger(__name__)
 
 
 class Tracker:
@@ -89,6 +65,8 @@ def start(config: RunConfig, run: Path, identity: str) -> Tracker:
     """
     if not config.tracking.enabled:
         return Tracker()
+    from pipeline.mlflow_run import MlflowTracker
+
     tags = {"qalign.identity": identity, "qalign.folder": str(run.resolve()), **_versions(), **_commit()}
     return MlflowTracker(tracking_uri(config), config.tracking.experiment, run, tags)
 
@@ -103,255 +81,6 @@ def tracking_uri(config: RunConfig) -> str:
             f"tracking.uri: {uri} is no MLflow server or database; use sqlite:///FILE or http://HOST:PORT"
         )
     return uri
-
-
-class MlflowTracker(Tracker):
-    """One MLflow run, behind a backlog. Thread-safe.
-
-    Args:
-        uri: tracking server or database.
-        experiment: its name; created when missing.
-        run: the job's folder, holds `tracking.json`.
-        tags: set when the run is created or continued.
-        interval, retry: see `Backlog`.
-    """
-
-    def __init__(
-        self,
-        uri: str,
-        experiment: str,
-        run: Path,
-        tags: Mapping[str, str],
-        interval: float = 1.0,
-        retry: float = 15.0,
-    ) -> None:
-        self._uri, self._experiment, self._run = uri, experiment, run
-        self._state = self._read_state()
-        self._steps: list[tuple[int, list[Metric]]] = []
-        self._backlog = Backlog(f"MLflow ({uri})", self._open, _is_final, interval, retry)
-        # Not sent before the first real entry: looking at a finished run must not make it a running one.
-        self._backlog.add("tags", lambda client: self._set_tags(client, tags), flush=False)
-
-    @property
-    def location(self) -> str:
-        run_id = self._state["run_id"]
-        return f"{self._uri} (experiment {self._experiment}, run {run_id})" if run_id else ""
-
-    def last_step(self) -> int:
-        self._backlog.flush()  # finds out whether the run of tracking.json still exists
-        return self._state["last_step"]
-
-    def log_config(self, config: Mapping[str, Any]) -> None:
-        params = flatten(config)
-        self._backlog.add("configuration", lambda client: _log_params(client, self._state["run_id"], params))
-        self.log_dict(config, "config.json")
-
-    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-        self._steps.append((step, [Metric(_key(name), value, now, step) for name, value in finite.items()]))
-        if dropped := metrics.keys() - finite.keys():
-            counts = self._state["not_finite"]
-            counts |= {name: counts.get(name, 0) + 1 for name in dropped}
-            self.set_tags({f"not_finite.{name}": f"{counts[name]} (last: step {step})" for name in dropped})
-        self._backlog.add(f"step {step}", self._send_steps)
-
-    def log_summary(self, summary: Mapping[str, float | int | str]) -> None:
-        numbers = {k: float(v) for k, v in summary.items() if not isinstance(v, str) and math.isfinite(v)}
-        self.set_tags({k: str(v) for k, v in summary.items() if k not in numbers})
-
-        def send(client: MlflowClient) -> None:
-            for name, value in numbers.items():
-                client.log_metric(self._state["run_id"], _key(name), value)
-
-        self._backlog.add("summary", send)
-
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Tags of the run; one that exists is replaced."""
-        if tags:
-            self._backlog.add("tags", lambda client: self._set_tags(client, tags))
-
-    def log_text(self, text: str, name: str) -> None:
-        self._backlog.add(name, lambda client: client.log_text(self._state["run_id"], text, name))
-
-    def log_dict(self, content: Mapping[str, Any], name: str) -> None:
-        self._backlog.add(name, lambda client: client.log_dict(self._state["run_id"], dict(content), name))
-
-    def log_artifact(self, file: Path) -> None:
-        self._backlog.add(file.name, lambda client: client.log_artifact(self._state["run_id"], str(file)))
-
-    def log_model_reference(self, path: Path, copy: bool = False, register_as: str | None = None) -> None:
-        self.set_tags({"model.path": str(path.resolve())})
-        if copy or register_as:
-            self._backlog.add("model", lambda client: client.log_artifacts(self._state["run_id"], str(path), "model"))
-        if register_as:
-            name = f"registered model {register_as}"
-            self._backlog.add(name, lambda client: _register(client, self._state["run_id"], register_as))
-
-    def finish(self, status: Status) -> None:
-        self._backlog.add(f"status {status}", lambda client: client.set_terminated(self._state["run_id"], status))
-        self._backlog.close()
-
-    # -------------------------------------------------------------------------------------- the run and its state
-
-    def _set_tags(self, client: MlflowClient, tags: Mapping[str, str]) -> None:
-        from mlflow.entities import RunTag
-
-        client.log_batch(self._state["run_id"], tags=[RunTag(_key(k), _cut(v)) for k, v in tags.items()])
-
-    def _send_steps(self, client: MlflowClient) -> None:
-        """All waiting step metrics, many steps a call, no step split between two calls."""
-        while self._steps:
-            count, metrics = _first_batch(self._steps)
-            client.log_batch(self._state["run_id"], metrics=metrics, synchronous=True)
-            self._write_state(last_step=max(self._state["last_step"], self._steps[count - 1][0]))
-            del self._steps[:count]
-
-    def _open(self) -> MlflowClient:
-        """Connect, and continue or create the run. Raises what MLflow raises."""
-        client = _connect(self._uri)
-        if self._state["run_id"] and not _is_there(client, self._state["run_id"]):
-            logger.warning("MLflow (%s) has lost run %s; a new one replaces it", self._uri, self._state["run_id"])
-            self._state = self._new_state()
-        if self._state["run_id"]:
-            client.update_run(self._state["run_id"], status="RUNNING")
-        else:
-            # The token is on disk before the run exists: a driver that dies in between finds the run by it.
-            self._write_state()
-            run_id = _create(client, self._uri, self._experiment, self._run.name, self._state["token"])
-            self._write_state(run_id=run_id)
-        return client
-
-    def _new_state(self) -> dict[str, Any]:
-        return {"uri": self._uri, "token": uuid.uuid4().hex, "run_id": None, "last_step": 0, "not_finite": {}}
-
-    def _read_state(self) -> dict[str, Any]:
-        path = self._run / STATE_FILE
-        state = json.loads(path.read_text()) if path.is_file() else self._new_state()
-        return state if state["uri"] == self._uri else self._new_state()
-
-    def _write_state(self, **changes: Any) -> None:
-        self._state |= changes
-        aside = self._run / f".{STATE_FILE}.{os.getpid()}"
-        aside.write_text(json.dumps(self._state))
-        aside.replace(self._run / STATE_FILE)
-
-
-# --------------------------------------------------------------------------------------------- calls to MLflow
-
-
-def _connect(uri: str) -> MlflowClient:
-    # MLflow's own patience (minutes a call) would stall the driver; the backlog is the patient one.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    from mlflow import MlflowClient
-
-    if database := _sqlite_file(uri):
-        database.parent.mkdir(parents=True, exist_ok=True)
-        logging.getLogger("alembic").setLevel(logging.WARNING)  # one line for each of MLflow's 60 tables otherwise
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def _is_there(client: MlflowClient, run_id: str) -> bool:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_run(run_id).info.lifecycle_stage == "active"
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-            raise
-        return False
-
-
-def _create(client: MlflowClient, uri: str, experiment: str, name: str, token: str) -> str:
-    """Id of the run with this token; the experiment's artifacts lie beside a sqlite file, not in the current folder."""
-    found = client.get_experiment_by_name(experiment)
-    database = _sqlite_file(uri)
-    place = (database.parent / "mlartifacts" / _key(experiment)).as_uri() if database else None
-    experiment_id = found.experiment_id if found else client.create_experiment(experiment, artifact_location=place)
-    for run in client.search_runs([experiment_id], f"tags.`qalign.token` = '{token}'", max_results=1):
-        return run.info.run_id
-    return client.create_run(experiment_id, run_name=name, tags={"qalign.token": token}).info.run_id
-
-
-def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, str]) -> None:
-    """MLflow's parameters never change: what a restart changed (workers, say) becomes a tag."""
-    from mlflow.entities import Param, RunTag
-    from mlflow.utils.validation import MAX_PARAMS_TAGS_PER_BATCH as most
-
-    known = client.get_run(run_id).data.params
-    cut = {_key(name): _cut(value) for name, value in params.items()}
-    fresh = [Param(name, value) for name, value in cut.items() if name not in known]
-    changed = [RunTag(f"changed.{name}", value) for name, value in cut.items() if known.get(name, value) != value]
-    for i in range(0, len(fresh), most):
-        client.log_batch(run_id, params=fresh[i : i + most])
-    for i in range(0, len(changed), most):
-        client.log_batch(run_id, tags=changed[i : i + most])
-
-
-def _register(client: MlflowClient, run_id: str, name: str) -> None:
-    """One version of the registered model `name` for this run, however often it is asked for."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    if not client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
-        client.create_model_version(name, source=f"runs:/{run_id}/model", run_id=run_id)
-
-
-def _first_batch(steps: list[tuple[int, list[Metric]]]) -> tuple[int, list[Metric]]:
-    """(number of steps, their metrics): as many whole steps as one call takes."""
-    from mlflow.utils.validation import MAX_METRICS_PER_BATCH
-
-    metrics: list[Metric] = []
-    for count, (_, found) in enumerate(steps):
-        if count and len(metrics) + len(found) > MAX_METRICS_PER_BATCH:
-            return count, metrics
-        metrics += found
-    return len(steps), metrics
-
-
-def _is_final(error: Exception) -> bool:
-    return getattr(error, "error_code", None) in FINAL or isinstance(error, FileNotFoundError)
-
-
-# ------------------------------------------------------------------------------------------ names and provenance
-
-
-def flatten(tree: Mapping[str, Any]) -> dict[str, str]:
-    """{"a": {"b": [1, None]}} → {"a.b.0": "1", "a.b.1": "null"}: a configuration as parameters."""
-
-    def leaves(path: str, node: Any) -> Iterator[tuple[str, str]]:
-        items = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else None
-        if not items:
-            yield path, node if isinstance(node, str) else json.dumps(node)
-            return
-        for key, value in items:
-            yield from leaves(f"{path}.{key}" if path else str(key), value)
-
-    return dict(leaves("", tree))
-
-
-def _key(name: str) -> str:
-    """`name` in the letters and the length that MLflow takes."""
-    return re.sub(r"[^\w./ -]", "_", name)[:250]
-
-
-def _cut(value: str) -> str:
-    """`value` in the length that MLflow takes; a cut is visible."""
-    from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH as most
-
-    note = " … (cut; whole in config.json)"
-    return value if len(value) <= most else value[: most - len(note)] + note
-
-
-def _sqlite_file(uri: str) -> Path | None:
-    return Path(uri.removeprefix("sqlite:///")).resolve() if uri.startswith("sqlite:///") else None
 
 
 def _versions() -> dict[str, str]:

@@ -1,0 +1,92 @@
+"""What all jobs share: the command line, and errors as one line.
+
+A job is a module with `HELP`, `run(config, options)` and, for options of its own, `arguments(parser)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+JOBS = {
+    "demo": "the main job end to end, on data and a model that ship as packages",
+    "prepare": "tokenise records and score them with the reference",
+    "train": "align a model: prepare, train, export, track",
+    "eval": "loss, accuracy, margins, sampled reward and KL of a checkpoint",
+    "decode": "sample from a checkpoint",
+    "export": "a checkpoint as a folder that transformers loads",
+}
+
+EPILOG = """examples:
+  qalign train jobs/configs/dpo.yaml objective.beta=0.3 scaling.workers=2
+  qalign train jobs/configs/dpo.yaml --dry-run
+  qalign schema > qalign.schema.json        (for completion in your editor)
+
+Every key of the configuration, with its default: qalign keys
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `qalign` command."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["schema"]:
+        from pipeline.config import json_schema
+
+        print(json.dumps(json_schema(), indent=1))
+        return 0
+    if argv[:1] == ["keys"]:
+        from pipeline.config import describe
+
+        print(describe())
+        return 0
+    if argv[:1] and argv[0] in JOBS:
+        return run_job(importlib.import_module(f"jobs.{argv[0]}"), argv[1:])
+    listing = "\n".join(f"  {name:8} {text}" for name, text in JOBS.items())
+    parser = argparse.ArgumentParser(
+        prog="qalign",
+        description=f"jobs:\n{listing}",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("job", choices=[*JOBS, "schema", "keys"], help="what to do; `qalign <job> --help` tells more")
+    parser.parse_args(argv)
+    return 0
+
+
+def run_job(job: ModuleType, argv: Sequence[str] | None = None) -> int:
+    """Parse the command line of one job and run it. Errors that a user can mend are one line and exit status 2."""
+    parser = argparse.ArgumentParser(
+        prog=f"qalign {job.__name__.removeprefix('jobs.')}",
+        description=job.HELP,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "config", metavar="CONFIG.yaml", help="configuration file (jobs/configs/ has one per objective)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides, e.g. objective.beta=0.3")
+    parser.add_argument("--local", action="store_true", help="run the very same functions in this process, without Ray")
+    if hasattr(job, "arguments"):
+        job.arguments(parser)
+    options = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    from pipeline.config import load
+    from pipeline.errors import UserError
+
+    try:
+        job.run(load(options.config, options.overrides), options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0

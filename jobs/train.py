@@ -1,0 +1,58 @@
+"""Align a model: prepare, train, export, track. The same command again continues a killed run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from pipeline.config import RunConfig
+
+HELP = "Prepare data, train the objective, export the model, track in MLflow. Run it again to continue a killed run."
+
+FALLING = (
+    "The chosen reward fell while the margin grew. That is expected when the reference was trained on the chosen responses: "
+    "E_ref[β log π/π_ref] = −β·KL(π_ref‖π) ≤ 0, so probability leaves the data, less of it from the chosen side. "
+    "If it worries you, add likelihood: objective.nll_weight=0.1."
+)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="show what would happen, train nothing")
+
+
+def run(config: RunConfig, options: argparse.Namespace) -> None:
+    if options.dry_run:
+        from jobs.preview import preview
+
+        print(preview(config))
+        return
+    from pipeline.driver import fit
+
+    result = fit(config, options.local)
+    if result.already_finished:
+        print("this run is already finished; change the configuration for another, or delete its folder to repeat it")
+    print(describe(result))
+
+
+def describe(result) -> str:
+    """The end of a run, for people: the numbers, where everything is, what to do next."""
+    shown = ("loss", "reward/margin", "accuracy", "eval/loss", "eval/reward/margin", "eval/accuracy")
+    lines = [f"{name:18} {result.metrics[name]:.4f}" for name in shown if name in result.metrics]
+    if chosen_falls(result.metrics):
+        lines.append(FALLING)
+    lines += [f"run                {result.run}", f"model              {result.export}"]
+    if result.tracking:
+        lines.append(f"mlflow             {result.tracking}")
+    return "\n".join([*lines, f"next               qalign decode CONFIG.yaml checkpoint_from={result.run}"])
+
+
+def chosen_falls(metrics: dict[str, float]) -> bool:
+    """Whether the run shows the effect that `FALLING` explains: rewards start at 0, so signs tell."""
+    return metrics.get("reward/chosen", 0.0) < 0.0 < metrics.get("reward/margin", 0.0)
+
+
+if __name__ == "__main__":
+    from jobs import train
+    from jobs.cli import run_job
+
+    sys.exit(run_job(train))

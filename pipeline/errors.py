@@ -1,0 +1,7 @@
+"""Errors that a user can mend: printed as one line, without a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Base class; the message is one line that names the cause and the remedy."""
