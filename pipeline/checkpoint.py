@@ -25,8 +25,9 @@ import re
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,9 +37,8 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 FOLDER, STATE, MANIFEST, SEAL = "checkpoints", "state.json", "manifest.json", ".seal"
-BLOCK_BYTES = 8 * 2**20
 LEASE_SECONDS = 15.0
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-\d{8,}")
 
 
 class Superseded(RuntimeError):
@@ -88,11 +88,8 @@ def finish(folder: Path, state: Mapping[str, Any], attempt: Attempt) -> Path:
 
 def digest_file(path: Path) -> str:
     """BLAKE2b of a file's content, as hex; memory does not grow with the file."""
-    digest = hashlib.blake2b(digest_size=32)
     with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -110,10 +107,8 @@ def _write_json(path: Path, value: Any) -> None:
 def _flush(path: Path) -> None:
     """Have a file's content, or a folder's list of names, on disk before going on."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -126,10 +121,8 @@ def path_of(run: Path, step: int) -> Path:
 
 def saved(run: Path) -> list[Path]:
     """All committed checkpoints, oldest first; unverified."""
-    if not (run / FOLDER).is_dir():
-        return []
-    found = [(int(match[1]), path) for path in (run / FOLDER).iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    found = (run / FOLDER).glob("step-*") if (run / FOLDER).is_dir() else []
+    return sorted((path for path in found if _NAME.fullmatch(path.name)), key=lambda path: int(path.name[5:]))
 
 
 def latest(run: Path) -> Path | None:
@@ -149,10 +142,9 @@ def verify(folder: Path) -> None:
     try:
         files = json.loads((folder / MANIFEST).read_bytes())["files"]
         entries = {str(name): (int(entry["size"]), str(entry["blake2b"])) for name, entry in files.items()}
+        _ = entries[STATE]
     except FileNotFoundError:
         raise Corrupt(f"{folder / MANIFEST}: missing") from None
-        if STATE not in entries:
-            raise KeyError(STATE)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Corrupt(f"{folder / MANIFEST}: unreadable") from None
     for name, (size, digest) in entries.items():
@@ -194,13 +186,11 @@ def prune(run: Path, keep: int, best: Path | None = None) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Delete; renamed first, so that nothing damaged is left under its name and late writers fail instead of refilling it."""
-    doomed = folder.with_name(f".{folder.name.lstrip('.')}.discarded")
-    if doomed.exists() or folder.name.endswith(".discarded"):  # a deletion that was cut short
-        shutil.rmtree(doomed if doomed.exists() else folder, ignore_errors=True)
-    if folder.exists():
+    """Delete; renamed first, so that nothing damaged stays under its name and late writers fail instead of refilling it."""
+    doomed = folder.with_name(f".step-discarded-{uuid.uuid4().hex[:8]}")
+    with suppress(FileNotFoundError):  # somebody else discards it too
         folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)  # what stays is tried again by the next attempt
+    shutil.rmtree(doomed, ignore_errors=True)  # what stays is tried again when the next attempt begins
 
 
 # ------------------------------------------------------------------------------------------------ fencing
@@ -208,8 +198,7 @@ def _discard(folder: Path) -> None:
 
 def next_attempt(run: Path) -> int:
     """The number that the next attempt will get if nobody else begins one first."""
-    path = run / "attempt"
-    return int(path.read_text()) + 1 if path.exists() else 1
+    return int((run / "attempt").read_text()) + 1 if (run / "attempt").exists() else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,8 +230,7 @@ class Attempt:
     def temporary(self, step: int) -> Path:
         """A new empty folder, on the run's own file system, to write the checkpoint of `step` into."""
         folder = path_of(self.run, step).with_name(f".step-{step:08d}.{self.number}")
-        if folder.exists():
-            _discard(folder)
+        _discard(folder)
         folder.mkdir()
         return folder
 
@@ -255,8 +243,7 @@ class Attempt:
             if newest != self.number:
                 raise Superseded(f"{self.run}: attempt {self.number} may not commit, attempt {newest} has taken over")
             _flush(temporary)
-            if final.exists():  # one that did not verify, and was trained over again
-                _discard(final)
+            _discard(final)  # if there is one: it did not verify, and its step was trained again
             temporary.rename(final)
             _flush(final.parent)
 
@@ -297,10 +284,9 @@ def _await_driver(run: Path, lease_seconds: float) -> None:
     Waiting is for a machine that was suspended: its worker may wake up before its driver's thread does.
     """
     until = time.monotonic() + lease_seconds
-    while (age := _lease_age(run)) > lease_seconds:
+    while _lease_age(run) > lease_seconds:
         if time.monotonic() > until:
-            known = f"its lease was last renewed {age:.0f} s ago" if age < 1e8 else "it gave back its lease"
-            raise Superseded(f"{run}: its driver is gone ({known}); start the same command again to go on")
+            raise Superseded(f"{run}: its driver is gone; start the same command again to go on")
         time.sleep(min(0.2, lease_seconds / 10))
 
 

@@ -159,7 +159,8 @@ def _train(config: RunConfig, prepared: Prepared, run: Path, tracker: Tracker, l
 
 def _train_on_ray(job: Job) -> None:
     """The workers as a Ray Train group; Ray starts them again after a failure, they continue from the last checkpoint."""
-    from ray.train import FailureConfig, RunConfig as RayRunConfig, ScalingConfig
+    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     scaling = job.config.scaling

@@ -8,7 +8,7 @@ terminal and to MLflow, so that neither can slow down or break training.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ import torch.distributed as dist
 from pipeline import checkpoint
 from pipeline.collate import collate
 from pipeline.config import RunConfig, validate
-from pipeline.contracts import Batch, Mean, Objective, PolicyOut
+from pipeline.contracts import Batch, Mean, Objective
 from pipeline.distributed import agree, process_group
 from pipeline.engine import Engine, lr_at
 from pipeline.errors import UserError
+from pipeline.evaluation import held_out
 from pipeline.metrics import Sums, all_sum, batch_metrics
 from pipeline.model import load_policy
 from pipeline.order import micro_batches, step_rows, steps_per_epoch
@@ -155,7 +156,11 @@ def _step(
         "epoch": (step + 1) / plan.steps_per_epoch,
     }
     if len(split.eval) and plan.evaluates_after(step):
-        metrics |= evaluate(engine, config.objective, list(_my_batches(split.eval, rows, config, device)))
+        sums = Sums()
+        engine.module.eval()
+        held_out.add_batches(sums, engine, config.objective, _my_batches(split.eval, rows, config, device))
+        engine.module.train()
+        metrics |= held_out.means(sums)
     return metrics
 
 
@@ -163,22 +168,6 @@ def _my_batches(chosen: np.ndarray, rows: Rows, config: RunConfig, device: torch
     """This rank's micro-batches of the chosen rows."""
     dealt = micro_batches(chosen, rows.lengths, dist.get_world_size(), config.train.tokens_per_micro_batch)
     return [collate(rows.take(micro)).to(device) for micro in dealt[dist.get_rank()]]
-
-
-@torch.no_grad()
-def evaluate(forward: Callable[[Batch], PolicyOut], objective: Objective, batches: Sequence[Batch]) -> dict[str, float]:
-    """Loss and metrics over all ranks' batches, under names with the prefix eval/."""
-    sums = Sums()
-    coefficients: dict[str, float] = {}
-    for batch in batches:
-        out = forward(batch)
-        result, weights = objective(out, batch), objective.weight(batch)
-        coefficients = {name: term.coefficient for name, term in result.terms.items()}
-        terms = {f"loss/{name}": Mean(term.total, weights[name]) for name, term in result.terms.items()}
-        sums.add(terms | dict(result.metrics) | batch_metrics(objective, out, batch))
-    metrics = sums.reduce()
-    metrics["loss"] = sum(c * metrics.get(f"loss/{name}", 0.0) for name, c in coefficients.items())
-    return {f"eval/{name}": value for name, value in metrics.items()}
 
 
 # ------------------------------------------------------------------------------------------------- parts

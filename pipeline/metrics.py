@@ -83,6 +83,15 @@ class Sums:
             pair = torch.stack([mean.total.detach().double(), mean.weight.detach().double()])
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
+    def plain(self) -> dict[str, list[float]]:
+        """Totals and weights as plain numbers, to send elsewhere."""
+        return {name: pair.tolist() for name, pair in self._sums.items()}
+
+    def add_plain(self, sums: Mapping[str, list[float]]) -> None:
+        """Add what `plain` of another worker gave."""
+        for name, (total, weight) in sums.items():
+            self.add({name: Mean(torch.tensor(total, dtype=torch.double), torch.tensor(weight, dtype=torch.double))})
+
     def reduce(self, names: Iterable[str] | None = None) -> dict[str, float]:
         """Sum over ranks (one collective) and divide; metrics of weight 0 are left out."""
         names = sorted(self._sums if names is None else names)

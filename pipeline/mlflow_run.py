@@ -259,11 +259,10 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, str]:
     """{"a": {"b": [1, None]}} → {"a.b.0": "1", "a.b.1": "null"}: a configuration as parameters."""
 
     def leaves(path: str, node: Any) -> Iterator[tuple[str, str]]:
-        items = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else None
-        if not items:
+        if not (isinstance(node, Mapping | list) and node):
             yield path, node if isinstance(node, str) else json.dumps(node)
             return
-        for key, value in items:
+        for key, value in node.items() if isinstance(node, Mapping) else enumerate(node):
             yield from leaves(f"{path}.{key}" if path else str(key), value)
 
     return dict(leaves("", tree))

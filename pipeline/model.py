@@ -47,7 +47,7 @@ class Policy(nn.Module):
         self.lm = lm
         self._adapter: Any = None
         if lora is not None:
-            object.__setattr__(self, "_adapter", _add_lora(lm, lora))  # not a submodule: parameters keep one name
+            object.__setattr__(self, "_adapter", add_lora(lm, lora))  # not a submodule: parameters keep one name
 
     def forward(self, batch: Batch) -> PolicyOut:
         """Log-probs at every response token, [B, K, R] float32."""
@@ -199,7 +199,7 @@ def _remove_dropout(lm: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _add_lora(lm: nn.Module, lora: LoraSection) -> Any:
+def add_lora(lm: nn.Module, lora: LoraSection) -> Any:
     """Inject adapters into `lm` in place; returns peft's handle. Only the adapters stay trainable."""
     import peft
 

@@ -75,9 +75,28 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("tiny"))
 
 
-WORDS = (
-    "the film was dull slow bright warm quiet loud old new long short strange plain story scene actor end start".split()
-)
+WORDS = [
+    "the",
+    "film",
+    "was",
+    "dull",
+    "slow",
+    "bright",
+    "warm",
+    "quiet",
+    "loud",
+    "old",
+    "new",
+    "long",
+    "short",
+    "strange",
+    "plain",
+    "story",
+    "scene",
+    "actor",
+    "end",
+    "start",
+]
 
 
 def write_pairs(path: Path, count: int, seed: int = 0) -> Path:
@@ -102,7 +121,7 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", 24)
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_config(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> Callable[..., object]:
     """make_config("train.epochs=2", …) → a RunConfig of a tiny DPO run in a folder of its own."""
     from pipeline.config import load

@@ -121,6 +121,12 @@ def test_wrong_values_are_one_line_that_names_key_and_remedy(key, value, message
     assert "|" not in str(error.value), "one cause, one message"
 
 
+def test_a_wrong_item_does_not_make_its_list_too_short():
+    plain = changed("data.sources", [{"path": "first.jsonl", "pth": "x"}])
+    with pytest.raises(ConfigError, match=r"^data\.sources\.0\.pth: unknown key; did you mean path\?$"):
+        validate(plain)
+
+
 def test_several_problems_are_told_at_once():
     with pytest.raises(ConfigError) as error:
         validate({**changed("optimizer.lrr", 1), "seed": "x"})

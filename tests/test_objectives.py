@@ -337,6 +337,12 @@ class TestContract:
         assert type(objective)(**plain) == objective
 
 
+def test_metrics_are_weighted_and_ignore_what_weighs_nothing():
+    """(1·1 + 3·2) / 3, whatever stands beside them."""
+    mean = Mean.of(torch.tensor([1.0, 3.0, torch.nan, torch.inf]), torch.tensor([1.0, 2.0, 0.0, 0.0]))
+    assert (mean.total.item(), mean.weight.item()) == (7.0, 3.0)
+
+
 # ------------------------------------------------------------------------------- a user's own, in one class
 
 

@@ -78,7 +78,7 @@ def test_unfinished_and_damaged_folders_are_refused(tmp_path: Path) -> None:
     part = folder / "part-000001.arrow"
     part.write_bytes(part.read_bytes()[:-8])
     assert not is_finished(folder)
-    with pytest.raises(StaleCache, match="part-000001.arrow"):
+    with pytest.raises(StaleCache, match=r"part-000001\.arrow"):
         Rows(folder)
     (folder / "manifest.json").unlink()
     with pytest.raises(StaleCache, match="not finished"):

@@ -108,7 +108,8 @@ def test_everything_a_driver_tells_arrives(storage, settings, run, tmp_path):
     assert found.info.run_id in tracker.location
 
 
-def test_artifacts_lie_beside_the_database(storage, settings, run):
+def test_artifacts_lie_beside_the_database(storage, settings, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     tracker = start(settings, run, "0123")
     tracker.log_text("x", "x.txt")
     tracker.finish("FINISHED")

@@ -1,0 +1,131 @@
+"""`--dry-run`: what a job would read, train and need, without writing or starting anything."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import RunConfig
+
+LOOK_AT_BYTES = 16 * 2**20
+"""Input that is really read and tokenised; the rest is counted only."""
+
+
+def preview(config: RunConfig) -> str:
+    """A report for people. Raises the errors that the job itself would raise."""
+    from pipeline import driver
+    from pipeline.data import CHUNK_BYTES
+    from pipeline.layouts import parse
+    from pipeline.order import steps_per_epoch
+    from pipeline.pretrained import load_tokenizer, locate
+    from pipeline.rendering import Renderer
+    from pipeline.sources import plan, read
+
+    driver.check(config)
+    cache = Path(config.storage) / "cache"
+    model = locate(config.model.path, cache)
+    tokenizer = load_tokenizer(model, config.model.trust_remote_code)
+    render = Renderer(tokenizer, config.data)
+    with TemporaryDirectory() as work:
+        reading = plan(config.data.sources, Path(work), chunk_bytes=CHUNK_BYTES)
+        looked_at = reading.chunks[: max(1, LOOK_AT_BYTES // CHUNK_BYTES)]
+        rows, bad, lengths, first = 0, Counter[str](), [], None
+        for chunk in looked_at:
+            for raw in read(chunk):
+                try:
+                    if raw.error is not None:
+                        raise ValueError(raw.error)
+                    rendered = render(parse(raw.value, config.data.kind, config.data.ties))
+                except ValueError as error:
+                    bad[str(error)] += 1
+                    continue
+                first = first or (raw.source, rendered)
+                lengths.append(len(rendered.prompt_ids) + sum(map(len, rendered.response_ids)))
+                rows += 1
+    seen = rows + sum(bad.values())
+    scope = "all records" if seen == reading.records else f"the first {seen:,} of {reading.records:,} records"
+    lines = [f"data       {scope}: {rows:,} usable, {sum(bad.values()):,} would be quarantined"]
+    lines += [f"             {count:,} × {reason}" for reason, count in bad.most_common()]
+    if lengths:
+        usable = round(reading.records * rows / seen)
+        steps = config.train.epochs * steps_per_epoch(
+            max(1, round(usable * (1 - config.data.eval_fraction))), config.train.rows_per_step
+        )
+        lines.append(
+            f"steps      {min(steps, config.train.max_steps or steps):,} of {config.train.rows_per_step} rows each"
+        )
+        lines += ["", "tokens per row (prompt + all responses)", *histogram(np.array(lengths))]
+    if first is not None:
+        lines += ["", f"sample     {first[0]}", *sample(tokenizer, first[1])]
+    return "\n".join([*lines, "", *memory(config, model, lengths)])
+
+
+def histogram(lengths: np.ndarray, bins: int = 8) -> list[str]:
+    """A text histogram."""
+    counts, edges = np.histogram(lengths, bins=bins)
+    width = 40 / max(1, counts.max())
+    return [
+        f"  {int(low):>6}–{int(high):<6} {'█' * round(count * width):40} {count:,}"
+        for count, low, high in zip(counts, edges, edges[1:], strict=False)
+    ]
+
+
+def sample(tokenizer: Any, rendered: Any) -> list[str]:
+    """One rendered and tokenised record; brackets mark the tokens that are trained on."""
+    prompt = tokenizer.decode(rendered.prompt_ids)
+    lines = [f"  prompt     {prompt!r} ({len(rendered.prompt_ids)} tokens, not trained on)"]
+    for k, response in enumerate(rendered.response_ids):
+        pieces = "".join(f"[{tokenizer.decode([token])}]" for token in response)
+        lines.append(f"  response {k + 1} {pieces} ({len(response)} tokens)")
+    return lines
+
+
+def memory(config: RunConfig, model: str, lengths: list[int]) -> list[str]:
+    """Parameter count and an estimate of one worker's memory.
+
+    Weights, gradients and Adam state follow ZeRO's partitioning (arXiv 1910.02054, §3). Activations: about
+    16 bytes·hidden·layers per token in float32 (half in bfloat16, hidden·layers·4 with activation checkpointing); logits: one chunk.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from pipeline.ops import LOGIT_CHUNK_BYTES
+    from pipeline.pretrained import precision
+
+    settings = AutoConfig.from_pretrained(model, trust_remote_code=config.model.trust_remote_code)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.model.trust_remote_code)
+        if config.model.lora is not None:
+            from pipeline.model import add_lora
+
+            add_lora(lm, config.model.lora)
+    total = sum(p.numel() for p in lm.parameters())
+    trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
+    stage, workers = config.scaling.zero_stage, config.scaling.workers
+    size = torch.finfo(precision(config.model.dtype)).bits // 8
+    master = 0 if size == 4 else 4  # float32 training updates its weights in place
+    split = {
+        name: workers if stage >= least else 1 for name, least in (("optimizer", 1), ("gradients", 2), ("weights", 3))
+    }
+    text = settings.get_text_config()
+    tokens = min(config.train.tokens_per_micro_batch, sum(sorted(lengths)[-config.train.rows_per_step :]) or 1)
+    per_token = (4 if config.model.activation_checkpointing else 16) * size * text.hidden_size * text.num_hidden_layers
+    parts = {
+        "weights": total * size / split["weights"],
+        "gradients": trained * size / split["gradients"],
+        "optimizer": trained * (8 + master) / split["optimizer"],
+        "activations": tokens * per_token,
+        "logits": 3 * LOGIT_CHUNK_BYTES,
+    }
+    if config.scaling.offload_optimizer:
+        parts["optimizer"] = 0.0
+    lines = [
+        f"model      {model}",
+        f"           {total:,} parameters, {trained:,} trained, {precision(config.model.dtype)}",
+        f"memory     about {sum(parts.values()) / 2**30:.1f} GiB per worker ({workers} workers, ZeRO-{stage}):",
+    ]
+    return lines + [f"             {name:12} {value / 2**30:8.2f} GiB" for name, value in parts.items()]
