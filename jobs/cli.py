@@ -74,7 +74,7 @@ def run_job(job: ModuleType, argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--local", action="store_true", help="run the very same functions in this process, without Ray")
     if hasattr(job, "arguments"):
         job.arguments(parser)
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

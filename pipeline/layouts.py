@@ -35,6 +35,7 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "
 """Speakers of ShareGPT dialogues under the names that chat templates know."""
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 UNSHARED = "no shared prompt: the dialogues differ before their last answer"
+SURROGATE = "bad Unicode: half of a surrogate pair"
 
 
 def parse(value: Mapping[str, Any], kind: RecordKind, ties: str = "refuse") -> Record:
@@ -221,7 +222,8 @@ def _dialogue(value: Any, name: str) -> Dialogue:
     """Chat messages under the names role / content; a single message counts as a dialogue of one turn."""
     turns = [value] if isinstance(value, Mapping) else value
     if not isinstance(turns, list):
-        raise ValueError(f"wrong type: {_field(name)} is {_kind(value)}, expected text or messages")
+        expected = "messages" if name in DIALOGUES else "text or messages"
+        raise ValueError(f"wrong type: {_field(name)} is {_kind(value)}, expected {expected}")
     if not turns:
         raise ValueError(f"no messages: {_field(name)}")
     return [_turn(turn, _field(name)) for turn in turns]
@@ -262,7 +264,7 @@ def _refuse_surrogates(prompt: str | list[Message], responses: Sequence[str] = (
         for text in (*turns, *responses):
             text.encode()
     except UnicodeEncodeError:
-        raise ValueError("bad Unicode: half of a surrogate pair") from None
+        raise ValueError(SURROGATE) from None
 
 
 def _number(value: Any, field: str) -> None:
@@ -290,5 +292,7 @@ def _kind(value: Any) -> str:
 def _reason(error: ValidationError) -> str:
     """The first problem that pydantic found, short and without the record's text."""
     problem = error.errors(include_input=False, include_url=False)[0]
+    if problem["type"] == "string_unicode":
+        return SURROGATE
     field = str(problem["loc"][0]) if problem["loc"] else "record"
     return f"unusable {field}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"

@@ -134,12 +134,14 @@ class MlflowTracker(Tracker):
         client.log_batch(self._state["run_id"], tags=[RunTag(_key(k), _cut(v)) for k, v in tags.items()])
 
     def _send_steps(self, client: MlflowClient) -> None:
-        """All waiting step metrics, many steps a call, no step split between two calls."""
-        while self._steps:
-            count, metrics = _first_batch(self._steps)
-            client.log_batch(self._state["run_id"], metrics=metrics, synchronous=True)
-            self._write_state(last_step=max(self._state["last_step"], self._steps[count - 1][0]))
-            del self._steps[:count]
+        """All waiting step metrics at once. Sending them again does no harm: MLflow drops exact repetitions."""
+        sent = list(self._steps)
+        if not sent:
+            return
+        metrics = [metric for _, found in sent for metric in found]
+        client.log_batch(self._state["run_id"], metrics=metrics, synchronous=True)
+        self._write_state(last_step=max(self._state["last_step"], sent[-1][0]))
+        del self._steps[: len(sent)]
 
     def _open(self) -> MlflowClient:
         """Connect, and continue or create the run. Raises what MLflow raises."""
@@ -211,16 +213,12 @@ def _create(client: MlflowClient, uri: str, experiment: str, name: str, token: s
 def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, str]) -> None:
     """MLflow's parameters never change: what a restart changed (workers, say) becomes a tag."""
     from mlflow.entities import Param, RunTag
-    from mlflow.utils.validation import MAX_PARAMS_TAGS_PER_BATCH as most
 
     known = client.get_run(run_id).data.params
     cut = {_key(name): _cut(value) for name, value in params.items()}
     fresh = [Param(name, value) for name, value in cut.items() if name not in known]
     changed = [RunTag(f"changed.{name}", value) for name, value in cut.items() if known.get(name, value) != value]
-    for i in range(0, len(fresh), most):
-        client.log_batch(run_id, params=fresh[i : i + most])
-    for i in range(0, len(changed), most):
-        client.log_batch(run_id, tags=changed[i : i + most])
+    client.log_batch(run_id, params=fresh, tags=changed)
 
 
 def _register(client: MlflowClient, run_id: str, name: str) -> None:
@@ -234,18 +232,6 @@ def _register(client: MlflowClient, run_id: str, name: str) -> None:
             raise
     if not client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
         client.create_model_version(name, source=f"runs:/{run_id}/model", run_id=run_id)
-
-
-def _first_batch(steps: list[tuple[int, list[Metric]]]) -> tuple[int, list[Metric]]:
-    """(number of steps, their metrics): as many whole steps as one call takes."""
-    from mlflow.utils.validation import MAX_METRICS_PER_BATCH
-
-    metrics: list[Metric] = []
-    for count, (_, found) in enumerate(steps):
-        if count and len(metrics) + len(found) > MAX_METRICS_PER_BATCH:
-            return count, metrics
-        metrics += found
-    return len(steps), metrics
 
 
 def _is_final(error: Exception) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sqlite3
 import subprocess
 import sys
@@ -128,7 +129,7 @@ def test_long_values_are_cut_visibly(storage, settings, run):
 
 
 def test_many_parameters_and_metrics_fit_into_limited_calls(storage, settings, run):
-    """MLflow takes 100 parameters and 1000 metrics a call."""
+    """MLflow's server takes 100 parameters and 1000 metrics a call."""
     tracker = MlflowTracker(tracking_uri(settings), "limits", run, {}, interval=1e6)
     tracker.log_config({f"p{i}": i for i in range(250)})
     for step in range(1, 8):
@@ -270,6 +271,23 @@ def test_an_outage_is_told_once_and_made_up_for(storage, settings, run, caplog):
     assert len(warnings) == 1
     assert "training goes on" in warnings[0].getMessage()
     assert "\n" not in warnings[0].getMessage()
+
+
+def test_metrics_sent_twice_are_there_once(storage, settings, run):
+    """The note of what was sent cannot be written (a folder is in its way), so the same metrics go out again."""
+    tracker = MlflowTracker(tracking_uri(settings), settings.tracking.experiment, run, {}, interval=0, retry=0)
+    tracker.log_metrics(1, {"loss": 1.0})
+    aside = run / f".{STATE_FILE}.{os.getpid()}"
+    aside.mkdir()
+    tracker.log_metrics(2, {"loss": 2.0})
+    assert history(storage, run, "loss") == [(1, 1.0), (2, 2.0)]
+    assert tracker.last_step() == 2, "known in memory"
+    assert json.loads((run / STATE_FILE).read_text())["last_step"] == 1
+    aside.rmdir()
+    tracker.log_metrics(3, {"loss": 3.0})
+    tracker.finish("FINISHED")
+    assert json.loads((run / STATE_FILE).read_text())["last_step"] == 3
+    assert history(storage, run, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
 def test_a_server_that_never_answers_costs_no_exception_and_finish_says_what_is_missing(run, caplog):

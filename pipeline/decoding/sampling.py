@@ -201,17 +201,21 @@ def _filtered(scores: Tensor, settings: SamplingConfig) -> Tensor:
 def _nucleus_border(probs: Tensor, mass: float) -> Tensor:
     """Least probability [A, 1] in the smallest set of tokens that holds `mass`.
 
-    Sorting a whole vocabulary costs more than the layer stack's step; the set is nearly always among the first few
-    hundred tokens, so the search widens only until it holds.
+    Sorting a whole vocabulary costs as much as the layers' step. The set is nearly always among the first few hundred
+    tokens, so the search widens only for the rows where it is not.
     """
-    count, vocabulary = 256, probs.shape[-1]
-    while True:
-        top = probs.topk(min(count, vocabulary)).values
+    vocabulary = probs.shape[-1]
+    border = torch.empty_like(probs[:, :1])
+    open_rows, count = torch.arange(len(probs), device=probs.device), 256
+    while len(open_rows):
+        top = probs[open_rows].topk(min(count, vocabulary)).values
         before = top.cumsum(-1) - top
-        if count >= vocabulary or bool((before[:, -1] >= mass).all()):
-            last = (before < mass).sum(-1, keepdim=True) - 1
-            return top.gather(-1, last)
+        last = (before < mass).sum(-1, keepdim=True) - 1
+        border[open_rows] = top.gather(-1, last)
+        found = before[:, -1] >= mass
+        open_rows = open_rows[~found] if count < vocabulary else open_rows[:0]
         count *= 8
+    return border
 
 
 def _stream(seed: int, key: int, copy: int, device: torch.device) -> torch.Generator:

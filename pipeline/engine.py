@@ -1,0 +1,344 @@
+"""DeepSpeed behind four calls: forward, backward, step, save. The only file that imports it.
+
+    engine = Engine(policy, config, device, resume)
+    engine.backward(loss, last=…)  per micro-batch;  engine.step(lr)  per optimizer step
+
+ZeRO stages 0 to 3, float32 or bfloat16 with float32 master weights, any number of ranks, CPU (gloo) and GPU (nccl).
+Only parameters with `requires_grad` are trained, saved and loaded.
+
+A checkpoint knows neither stage nor rank count: parameters and their Adam moments are gathered one at a time in float32
+and dealt out to the ranks as writers. At the same stage and rank count, going on from one is bit-equal to never having stopped.
+
+Left out: the learning-rate schedule's state (`lr_at` is a function of the step), what a loss is (`objectives`), and
+when to save and who may (`loop`, `checkpoint`).
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline import checkpoint
+from pipeline.config import ConfigError, OptimizerConfig, RunConfig
+from pipeline.pretrained import precision
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+PERSISTENT_NUMEL = 100_000
+"""ZeRO-3 keeps parameters below this size gathered between uses: partitioning them costs more time than it saves memory."""
+BUCKET_NUMEL = 200_000_000
+"""Gradient elements reduced at a time, at most."""
+PART_BYTES = 2**29
+"""Weights in one checkpoint file, about: what a rank holds beside its own state while saving (with moments, three times)."""
+
+
+def lr_at(step: int, total_steps: int, config: OptimizerConfig) -> float:
+    """Learning rate of optimizer step `step` (from 0) of `total_steps`.
+
+    Rises linearly over the warm-up w (never 0: the first step is not wasted), is `lr` at step w, then falls towards
+    `final_lr_fraction` · lr, which it would reach at step `total_steps`.
+    """
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = round(config.warmup_fraction * total_steps)
+    if step < warmup:
+        return config.lr * (step + 1) / (warmup + 1)
+    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[config.schedule]
+    floor = 1.0 if config.schedule == "constant" else config.final_lr_fraction
+    return config.lr * (floor + (1.0 - floor) * shape)
+
+
+def check_offload() -> None:
+    """Raises ConfigError unless this machine can build DeepSpeed's CPU Adam (happens once, at the first use)."""
+    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
+    if not any(shutil.which(name) for name in compilers):
+        missing = "a C++ compiler (g++ or clang++)"
+    elif not shutil.which("ninja"):
+        missing = "ninja on the PATH"
+    else:
+        return
+    raise ConfigError(f"scaling.offload_optimizer: needs {missing}; install it or set scaling.offload_optimizer=false")
+
+
+class Engine:
+    """A policy under training, on one rank of the process group. Every method is collective.
+
+    Args:
+        policy: any module; moved to `device`, converted to the configuration's precision, and partitioned at stage 3.
+        config: optimizer, scaling and model.dtype are read.
+        device: this rank's device; torch.distributed has to be initialised.
+        resume: a verified checkpoint to go on from. Raises ValueError when it is another model's.
+    """
+
+    def __init__(self, policy: nn.Module, config: RunConfig, device: torch.device | str, resume: Path | None = None):
+        assert dist.is_initialized(), "an engine lives in a process group"
+        self.module = policy
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.steps: int = 0
+        self._clip = config.optimizer.clip
+        self._stage = config.scaling.zero_stage
+        self._trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        self._sizes = {name: p.numel() for name, p in self._trained.items()}
+        if resume is not None:
+            # Before DeepSpeed makes its copies: a later change of the masters reaches the working weights only at
+            # the next step.
+            _load_into(self._trained, resume)
+        self._engine = self._build(config, torch.device(device))
+        self._masters = self._full_masters()
+        self._create_moments()
+        if resume is not None:
+            self._load(resume)
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """The policy's forward, with DeepSpeed's hooks around it."""
+        return self._engine(*inputs, **named)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulate the gradient of one micro-batch; `last` ends the step's accumulation and starts its reduction.
+
+        `loss` is already divided by the weight of the whole step (all ranks and micro-batches), so what `step` applies is
+        the plain sum of all gradients. The number of calls may vary from step to step, but not between ranks.
+        """
+        self._engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed averages over ranks (its switch for sums does not exist at stage 3): take the division back.
+        self._engine.backward(loss * self.world, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> float:
+        """Clip, update all weights with this learning rate, clear the gradients. Returns the global norm before clipping.
+
+        Raises FloatingPointError, on all ranks alike and with unchanged weights, when the norm is not finite.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        norm = self._clip_plain() if self._plain else None
+        if norm is None or math.isfinite(norm):
+            self._engine.step()
+        if norm is None:
+            norm = float(self._engine.get_global_grad_norm())
+        if not math.isfinite(norm):
+            self._engine.zero_grad()
+            raise FloatingPointError(
+                f"the gradient's norm is {norm}; lower optimizer.lr or check the rows of this step"
+            )
+        self.steps += 1
+        return norm
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write weights and moments into `folder` (exists, shared by all ranks). Returns the files this rank wrote.
+
+        A rank holds one part of about `PART_BYTES` beside its own state, never the whole model. The caller waits for all
+        ranks, then calls `checkpoint.finish`.
+        """
+        rounds = max(1, math.ceil(4 * sum(self._sizes.values()) / (PART_BYTES * self.world)))
+        parts = deal(self._sizes, rounds * self.world)
+        written = []
+        for first in range(0, len(parts), self.world):
+            weights, moments = {}, {}
+            for owner, names in enumerate(parts[first : first + self.world]):
+                for name in names:
+                    full = {key: self._gather(name, key) for key in (None, *MOMENTS)}  # collective: all ranks come here
+                    if owner == self.rank:
+                        weights[name] = _host(full[None])
+                        moments |= {f"{key}/{name}": _host(full[key]) for key in MOMENTS}
+            suffix = f"{first + self.rank + 1:05d}-of-{len(parts):05d}.safetensors"
+            for kind, tensors in (("weights", weights), ("moments", moments)):
+                written.append(folder / f"{kind}-{suffix}")
+                checkpoint.write_tensors(written[-1], tensors)
+        return written
+
+    def close(self) -> None:
+        """Release everything that DeepSpeed holds. The engine and its policy cannot be used afterwards."""
+        self._engine.destroy()
+        del self._engine, self._masters, self._trained, self.module
+        gc.collect()
+
+    # ------------------------------------------------------------------------------------------- building
+
+    def _build(self, config: RunConfig, device: torch.device) -> Any:
+        deepspeed = _deepspeed(device)
+        optimizer = _adamw(self._trained.values(), config, offload=config.scaling.offload_optimizer)
+        bf16 = precision(config.model.dtype) == torch.bfloat16
+        zero: dict[str, Any] = {
+            "stage": self._stage,
+            "reduce_bucket_size": min(BUCKET_NUMEL, sum(self._sizes.values())),
+            "stage3_param_persistence_threshold": PERSISTENT_NUMEL,
+        }
+        if config.scaling.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+        settings: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,  # a formality: micro-batches vary, and `backward` divides by nothing
+            "gradient_accumulation_steps": 1,
+            "zero_optimization": zero,
+            "bf16": {"enabled": bf16, "check_grad_overflow": True},
+            "communication_data_type": "fp32",
+            # Stage 0 in float32 has no optimizer wrapper that would report the norm: `_clip_plain` clips.
+            "gradient_clipping": 0.0 if self._stage == 0 and not bf16 else (self._clip or 0.0),
+            "steps_per_print": None,
+        }
+        if self._stage > 0:
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        self._plain = self._stage == 0 and not bf16
+        engine, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=settings)
+        return engine
+
+    def _clip_plain(self) -> float:
+        """Stage 0 in float32: gradients are whole and already summed over the ranks."""
+        return float(nn.utils.clip_grad_norm_(self._trained.values(), self._clip or math.inf))
+
+    # -------------------------------------------------------------------------------------------- state
+
+    def _full_masters(self) -> dict[str, Tensor]:
+        """Stage 0: name → whole float32 master. Above, masters are flat partitions that `deepspeed.utils` reads."""
+        if self._stage > 0:
+            return {}
+        if self._plain:
+            return dict(self._trained)
+        wrapper = self._engine.optimizer
+        pairs = zip(chain(*wrapper.fp16_groups), chain(*wrapper.fp32_groups), strict=True)
+        master = {id(working): full for working, full in pairs}
+        return {name: master[id(p)] for name, p in self._trained.items()}
+
+    def _create_moments(self) -> None:
+        """Adam's state at step 0, before any step has been made.
+
+        DeepSpeed would create it in the first step, and at stages 1 and 2 link it for the first parameter group only.
+        Whatever its wrappers already did to the optimizer (a step with zero gradients, at stage 0) is forgotten.
+        """
+        wrapper = self._engine.optimizer
+        inner = getattr(wrapper, "optimizer", wrapper)
+        flat = getattr(wrapper, "fp32_partitioned_groups_flat", None)  # stage 3; its groups are empty between steps
+        masters = flat if flat is not None else [p for group in inner.param_groups for p in group["params"]]
+        for master in masters:
+            moments = {key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS}
+            inner.state[master] = {"step": self._step_state(inner, master.device, 0), **moments}
+        self._inner = inner
+        if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
+            wrapper._lazy_init_hp_params_optimizer_state()
+
+    @staticmethod
+    def _step_state(inner: torch.optim.Optimizer, device: torch.device, steps: int) -> Tensor | int:
+        """The step count as this optimizer keeps it."""
+        if isinstance(inner, torch.optim.AdamW):
+            return torch.tensor(float(steps), dtype=torch.float32, device=device)
+        return steps  # DeepSpeedCPUAdam
+
+    def _gather(self, name: str, key: str | None) -> Tensor:
+        """A parameter's whole float32 master (key None) or moment. Collective."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if self._stage == 0:
+            master = self._masters[name]
+            return master.detach() if key is None else self._inner.state[master][key]
+        p = self._trained[name]
+        return safe_get_full_fp32_param(p) if key is None else safe_get_full_optimizer_state(p, key)
+
+    @torch.no_grad()
+    def _scatter(self, name: str, key: str | None, value: Tensor) -> None:
+        """The reverse of `_gather`: keep this rank's share of a whole master or moment."""
+        from deepspeed import utils
+
+        p = self._trained[name]
+        if self._stage == 0:
+            master = self._masters[name]
+            (master if key is None else self._inner.state[master][key]).copy_(value)
+        elif self._stage == 3:
+            # safe_set_full_* fails where a parameter's size is no multiple of the rank count: cut the share here.
+            share = p.partition_numel()
+            padded = nn.functional.pad(value.flatten(), (0, share * self.world - value.numel()))
+            own = padded[share * self.rank : share * (self.rank + 1)]
+            if key is None:
+                utils.safe_set_local_fp32_param(p, own)
+            else:
+                utils.safe_set_local_optimizer_state(p, own, key)
+        elif key is None:
+            utils.safe_set_full_fp32_param(p, value)
+        else:
+            utils.safe_set_full_optimizer_state(p, value, key)
+
+    def _load(self, folder: Path) -> None:
+        """Masters, moments and step count of a checkpoint, whose weights are already in the module."""
+        for name, tensor in checkpoint.read_tensors(folder, "weights"):
+            self._scatter(name, None, tensor)
+        for name, tensor in checkpoint.read_tensors(folder, "moments"):
+            key, _, parameter = name.partition("/")
+            self._scatter(parameter, key, tensor)
+        self.steps = int(checkpoint.read_state(folder)["step"])
+        for master, state in self._inner.state.items():
+            state["step"] = self._step_state(self._inner, master.device, self.steps)
+
+
+# ------------------------------------------------------------------------------------------------- parts
+
+
+def deal(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
+    """Names in `parts` lists of about equal total size: each goes, largest first, to the lightest list so far."""
+    dealt: list[list[str]] = [[] for _ in range(parts)]
+    load = [0] * parts
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        lightest = load.index(min(load))
+        dealt[lightest].append(name)
+        load[lightest] += sizes[name]
+    return dealt
+
+
+def _host(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", torch.float32).contiguous()
+
+
+@torch.no_grad()
+def _load_into(parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
+    """Copy a checkpoint's weights. Raises ValueError unless it holds exactly these parameters."""
+    found = set()
+    for name, tensor in checkpoint.read_weights(folder):
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise ValueError(
+                f"{folder}: {name} {list(tensor.shape)} is not in this model; its run trained another model"
+            )
+        parameters[name].copy_(tensor)
+        found.add(name)
+    if missing := parameters.keys() - found:
+        raise ValueError(f"{folder}: lacks {min(missing)}; its run trained another model")
+
+
+def _adamw(parameters: Any, config: RunConfig, offload: bool) -> torch.optim.Optimizer:
+    """AdamW in two groups: no weight decay on biases and norm vectors. The learning rate comes with each step."""
+    settings = config.optimizer
+    matrices = [p for p in parameters if p.dim() >= 2]
+    vectors = [p for p in parameters if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if offload:
+        check_offload()
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, lr=0.0, betas=settings.betas, eps=settings.eps, adamw_mode=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+def _deepspeed(device: torch.device) -> Any:
+    """The module, told which device to use, and with nothing left of an earlier process group."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # it would take a GPU wherever there is one
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # set by Ray; required also of a process alone
+    import deepspeed
+    from deepspeed.utils import groups, logger
+
+    logger.setLevel(logging.WARNING)
+    # Otherwise its communication layer compiles a shared-memory kernel (for inference) on first use.
+    deepspeed.ops.__compatible_ops__ = {}
+    if groups._WORLD_GROUP is not None:
+        try:
+            dist.get_global_rank(groups._WORLD_GROUP, 0)
+        except ValueError:  # its process group was destroyed and a new one made: this worker is used again
+            groups._release_process_group_references()
+    return deepspeed

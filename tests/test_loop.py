@@ -1,0 +1,189 @@
+"""The worker, run in this process: the very function that Ray Train runs, without Ray."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline import checkpoint, data, loop, reference
+from pipeline.driver import fit
+from pipeline.loop import Diverged, Job, train_worker
+from pipeline.progress import METRICS_FILE, read_metrics
+
+
+def job_of(config, name: str = "run") -> Job:
+    rows = data.prepare(config, config.model.path, local=True)
+    scored = reference.score(config, rows, config.model.path, local=True)
+    run = Path(config.storage) / name
+    run.mkdir(parents=True)
+    return Job(config, run, rows, scored, config.model.path)
+
+
+def train(job: Job) -> list[dict]:
+    with checkpoint.Lease(job.run):
+        train_worker(job.plain())
+    return read_metrics(job.run / METRICS_FILE)
+
+
+def weights(job: Job) -> dict[str, torch.Tensor]:
+    newest = checkpoint.latest(job.run)
+    assert newest is not None
+    return dict(checkpoint.read_weights(newest))
+
+
+def assert_same_weights(one: Job, other: Job) -> None:
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_dpo_starts_at_ln_2_and_learns_the_preference(make_config) -> None:
+    metrics = train(job_of(make_config("train.epochs=6")))
+    assert [line["step"] for line in metrics] == list(range(1, 19))
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics[0]["reward/margin"] == pytest.approx(0, abs=1e-4)
+    assert metrics[0]["accuracy"] <= 1
+    assert metrics[-1]["loss"] < 0.3
+    assert metrics[-1]["accuracy"] == 1.0
+    assert metrics[-1]["reward/margin"] > 1.0
+    assert metrics[-1]["epoch"] == 6.0
+
+
+def test_a_run_cut_off_in_the_middle_of_an_epoch_ends_with_the_same_bits(make_config, monkeypatch) -> None:
+    config = make_config("train.epochs=2", "checkpoint.every=2")
+    whole, broken = job_of(config, "whole"), job_of(config, "broken")
+    reference_lines = train(whole)
+
+    calls = []
+    real = loop.train_step
+
+    def dies(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:  # step 4 is lost; the newest checkpoint is step 2
+            raise RuntimeError("killed")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(broken)
+    monkeypatch.setattr(loop, "train_step", real)
+    lines = train(broken)
+    assert_same_weights(whole, broken)
+    keep = ("step", "loss", "grad_norm", "lr", "reward/margin")
+    assert [[line[k] for k in keep] for line in lines] == [[line[k] for k in keep] for line in reference_lines]
+
+
+def test_micro_batches_do_not_change_the_update(make_config) -> None:
+    large = job_of(make_config("train.tokens_per_micro_batch=100000"), "large")
+    small = job_of(make_config("train.tokens_per_micro_batch=64"), "small")
+    a, b = train(large), train(small)
+    for one, other in zip(a, b, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+    for name, tensor in weights(large).items():
+        torch.testing.assert_close(tensor, weights(small)[name], atol=2e-4, rtol=1e-3)
+
+
+def test_every_row_is_used_once_per_epoch(make_config, monkeypatch) -> None:
+    seen: list[int] = []
+    real = loop.train_step
+
+    def watch(engine, objective, batches, lr):
+        seen.extend(int(r) for b in batches for r, w in zip(b.row_ids, b.weight, strict=True) if w > 0)
+        return real(engine, objective, batches, lr)
+
+    monkeypatch.setattr(loop, "train_step", watch)
+    train(job_of(make_config("train.epochs=2", "train.rows_per_step=7")))
+    assert sorted(seen[:24]) == list(range(24))
+    assert sorted(seen[24:]) == list(range(24))
+    assert seen[:24] != seen[24:]
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_step_and_rows(make_config, monkeypatch) -> None:
+    job = job_of(make_config("checkpoint.every=1"))
+    real = loop.train_step
+    calls = []
+
+    def poisoned(engine, objective, batches, lr):
+        calls.append(1)
+        if len(calls) == 2:
+            batches[0].ref_logprobs[0, 0, 0] = float("nan")
+        return real(engine, objective, batches, lr)
+
+    monkeypatch.setattr(loop, "train_step", poisoned)
+    with pytest.raises(Diverged, match=r"step 2: the loss is nan; rows of this rank: \[\d+"):
+        train(job)
+    newest = checkpoint.latest(job.run)
+    assert newest is not None
+    assert newest.name == "step-00000001"  # the last good one is intact
+
+
+def test_held_out_rows_are_evaluated_and_not_trained_on(make_config) -> None:
+    metrics = train(job_of(make_config("data.eval_fraction=0.25", "train.eval_every=2", "train.epochs=4")))
+    evaluated = [line["step"] for line in metrics if "eval/loss" in line]
+    assert evaluated == [2, 4, 6, 8, 10, 12]
+    assert len(metrics) == 12  # 18 of 24 rows in steps of 8: 3 an epoch
+    assert metrics[-1]["eval/accuracy"] > 0.9
+    first, last = (line["eval/loss"] for line in (metrics[1], metrics[-1]))
+    assert last < first < math.log(2)
+
+
+def test_lora_trains_and_saves_adapters_only(make_config) -> None:
+    job = job_of(make_config("model.lora={r: 4, alpha: 8}", "optimizer.lr=0.01", "train.epochs=4"))
+    metrics = train(job)
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics[-1]["loss"] < 0.5
+    assert all("lora_" in name for name in weights(job))
+
+
+def test_fit_exports_what_transformers_loads_and_says_when_it_is_finished(make_config) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config = make_config("checkpoint.export_dtype=float32")
+    result = fit(config, local=True)
+    assert not result.already_finished
+    lm = AutoModelForCausalLM.from_pretrained(result.export)
+    AutoTokenizer.from_pretrained(result.export)
+    newest = checkpoint.latest(result.run)
+    assert newest is not None
+    exported = dict(lm.named_parameters())
+    for name, tensor in checkpoint.read_weights(newest):
+        assert torch.equal(exported[name.removeprefix("lm.")], tensor)
+    again = fit(config, local=True)
+    assert again.already_finished
+    assert again.run == result.run
+    assert again.metrics == result.metrics
+
+
+def test_what_changes_the_meaning_changes_the_run_and_nothing_else_does(make_config) -> None:
+    first = fit(make_config("train.max_steps=1"), local=True).run
+    same = ("train.tokens_per_micro_batch=512", "checkpoint.every=7", "scaling.workers=2", "scaling.zero_stage=1")
+    assert fit(make_config("train.max_steps=1", *same), local=True).run == first
+    for change in ("objective.beta=0.4", "seed=1", "optimizer.lr=0.5e-3", "train.rows_per_step=4"):
+        assert fit(make_config("train.max_steps=1", change), local=True).run != first
+
+
+def test_sft_then_dpo_from_its_run(make_config) -> None:
+    sft = fit(make_config("objective={name: sft}", "train.epochs=2"), local=True)
+    dpo = fit(make_config(f"model.path={sft.run}", "train.max_steps=1"), local=True)
+    assert dpo.metrics["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert json.loads((dpo.run / "run.json").read_text())["model"] == str(sft.export)
+
+
+def test_exported_adapters_are_merged(make_config) -> None:
+    result = fit(
+        make_config("model.lora={r: 4, alpha: 8}", "optimizer.lr=0.01", "checkpoint.export_dtype=float32"), local=True
+    )
+    names = load_file(result.export / "model.safetensors").keys()
+    assert not any("lora" in name for name in names)
+    base = load_file(Path(make_config().model.path) / "model.safetensors")
+    exported = load_file(result.export / "model.safetensors")
+    moved = [name for name in base if not torch.equal(base[name], exported[name])]
+    assert moved
+    assert all("_proj" in name for name in moved)

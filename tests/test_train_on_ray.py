@@ -1,0 +1,112 @@
+"""Ray Train for real: two ZeRO workers, a worker that is killed, a driver that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from pipeline import checkpoint
+from pipeline.driver import fit
+from pipeline.progress import METRICS_FILE, read_metrics
+
+pytestmark = pytest.mark.ray
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = checkpoint.latest(run)
+    assert newest is not None
+    return dict(checkpoint.read_weights(newest))
+
+
+TWO = ("scaling.workers=2", "train.epochs=3", "checkpoint.every=2")
+
+
+def kill_one_worker(run: Path, after_step: int) -> None:
+    """SIGKILL a training worker of this machine once `after_step` is logged (a line of the run's metrics)."""
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= after_step for line in read_metrics(run / METRICS_FILE)):
+        assert time.monotonic() < deadline, "training did not start"
+        time.sleep(0.05)
+    victims = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    assert victims, "no training worker found"
+    os.kill(victims[0].pid, signal.SIGKILL)
+
+
+def test_two_workers_equal_one_process_and_survive_a_killed_worker(
+    make_config, ray_cluster, tmp_path: Path, monkeypatch
+) -> None:
+    import threading
+
+    alone = fit(make_config("train.epochs=3"), local=True)
+    quiet = fit(make_config(*TWO, f"storage={tmp_path / 'quiet'}"))
+    lines, expected = read_metrics(quiet.run / METRICS_FILE), read_metrics(alone.run / METRICS_FILE)
+    for one, other in zip(lines, expected, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=2e-5)
+    for name, tensor in weights(alone.run).items():
+        torch.testing.assert_close(weights(quiet.run)[name], tensor, atol=5e-4, rtol=1e-3)
+
+    config = make_config(*TWO, f"storage={tmp_path / 'killed'}")
+    run = tmp_path / "killed" / "runs" / quiet.run.name
+    killer = threading.Thread(target=kill_one_worker, args=(run, 3))
+    killer.start()
+    killed = fit(config)
+    killer.join()
+    assert killed.run == run
+    assert int((run / "attempt").read_text().split()[0]) >= 2, "the worker was not killed while it trained"
+    for name, tensor in weights(quiet.run).items():
+        assert torch.equal(tensor, weights(run)[name]), name
+    assert [line["step"] for line in read_metrics(run / METRICS_FILE)] == list(range(1, 10))
+
+
+DRIVER = """
+import sys
+from pipeline.config import load
+from pipeline.driver import fit
+fit(load(sys.argv[1], sys.argv[2:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_driver_is_continued_by_the_same_command_bit_for_bit(make_config, tmp_path: Path) -> None:
+    quiet = make_config(*TWO, f"storage={tmp_path / 'quiet'}")
+    config = tmp_path / "config.yaml"
+    script = tmp_path / "driver.py"
+    script.write_text(textwrap.dedent(DRIVER))
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+
+    def start(storage: str) -> subprocess.Popen:
+        command = [sys.executable, str(script), str(config), *TWO, f"storage={tmp_path / storage}"]
+        return subprocess.Popen(command, env=environment, cwd=Path(__file__).parent.parent)
+
+    assert start("quiet").wait(timeout=240) == 0
+    expected = next((Path(quiet.storage) / "runs").iterdir())
+    run = tmp_path / "killed" / "runs" / expected.name
+    driver = start("killed")
+    deadline = time.monotonic() + 120
+    while not any(line["step"] >= 3 for line in read_metrics(run / METRICS_FILE)):
+        assert time.monotonic() < deadline
+        assert driver.poll() is None
+        time.sleep(0.02)
+    family = psutil.Process(driver.pid).children(recursive=True)
+    driver.kill()
+    driver.wait()
+    steps_when_killed = len(list((run / "checkpoints").glob("step-*")))
+    time.sleep(5)
+    survivors_committed = len(list((run / "checkpoints").glob("step-*"))) - steps_when_killed
+    assert survivors_committed <= 1  # at most the commit that was under way
+    for process in family:
+        if process.is_running():
+            process.kill()
+    assert start("killed").wait(timeout=240) == 0
+    assert (run / "export").is_dir()
+    for name, tensor in weights(expected).items():
+        assert torch.equal(tensor, weights(run)[name]), name
