@@ -1,4 +1,4 @@
-"""A queue in front of a service that may be away: entries go out in order, wait while it fails, and never raise.
+"""A queue in front of a service that may be away: entries wait while it fails, and never raise.
 
 Left out: what the service is (`tracking` knows).
 """
@@ -49,29 +49,33 @@ class Backlog:
             if flush:
                 self.flush(force=False)
 
-    def flush(self, force: bool = True) -> None:
-        """Send in order, as far as it goes. The first failure of an outage is a warning."""
+    def flush(self, force: bool = True, patience: int = 1) -> None:
+        """Send until all is sent or `patience` entries in a row fail. The first failure of an outage is a warning.
+
+        An entry that fails goes to the end of the queue, so that one which always fails cannot block the others.
+        """
         with self._lock:
             if time.monotonic() < self._due and not force:
                 return
-            try:
-                if self._connection is None:
-                    self._connection = self._connect()
-                while self._entries:
+            failures = 0
+            while self._entries and failures < patience:
+                try:
                     self._send()
-            except Exception as error:
-                if not self._trouble:
-                    logger.warning("%s fails, training goes on: %s", self._service, one_line(error))
-                self._trouble = one_line(error)
-                self._due = time.monotonic() + self._retry
-            else:
+                    failures = 0
+                except Exception as error:
+                    failures += 1
+                    self._entries.rotate(-1)
+                    if not self._trouble:
+                        logger.warning("%s fails, training goes on: %s", self._service, one_line(error))
+                    self._trouble = one_line(error)
+            if not failures:
                 self._trouble = ""
-                self._due = time.monotonic() + self._interval
+            self._due = time.monotonic() + (self._retry if failures else self._interval)
 
     def close(self) -> None:
         """A last attempt; says what could not be sent."""
         with self._lock:
-            self.flush()
+            self.flush(patience=3)
             if self._entries:
                 names = [name for name, _ in self._entries]
                 more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -80,6 +84,8 @@ class Backlog:
                 logger.warning("%s refused %s", self._service, "; ".join(self._refused))
 
     def _send(self) -> None:
+        if self._connection is None:
+            self._connection = self._connect()
         name, send = self._entries[0]
         try:
             send(self._connection)

@@ -16,23 +16,23 @@ Left out: how tensors get out of and into a trainer (`engine`), and any communic
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import math
 import os
 import re
-import shutil
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
+
+from pipeline.durable import digest_file, discard, flush, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +61,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
     save_file(dict(tensors), path)
-    _flush(path)
-    _write_json(path.with_name(path.name + SEAL), _entry(path))
+    flush(path)
+    write_json(path.with_name(path.name + SEAL), _entry(path))
+
+
+def deal(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
+    """Names in `parts` lists of about equal total size: each goes, largest first, to the lightest list so far."""
+    dealt: list[list[str]] = [[] for _ in range(parts)]
+    load = [0] * parts
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        lightest = load.index(min(load))
+        dealt[lightest].append(name)
+        load[lightest] += sizes[name]
+    return dealt
 
 
 def finish(folder: Path, state: Mapping[str, Any], attempt: Attempt) -> Path:
@@ -70,7 +81,7 @@ def finish(folder: Path, state: Mapping[str, Any], attempt: Attempt) -> Path:
 
     Returns its final path. Raises Superseded, and Corrupt when a file is not what its writer sealed.
     """
-    _write_json(folder / STATE, state)
+    write_json(folder / STATE, state)
     entries = {}
     for path in sorted(folder.iterdir()):
         if path.name.endswith(SEAL):
@@ -80,35 +91,14 @@ def finish(folder: Path, state: Mapping[str, Any], attempt: Attempt) -> Path:
         if path.stat().st_size != entries[path.name]["size"]:
             raise Corrupt(f"{path}: its writer sealed another size; is the storage shared by all workers?")
         seal.unlink(missing_ok=True)
-    _write_json(folder / MANIFEST, {"files": entries})
+    write_json(folder / MANIFEST, {"files": entries})
     final = path_of(attempt.run, int(state["step"]))
     attempt.commit(folder, final)
     return final
 
 
-def digest_file(path: Path) -> str:
-    """BLAKE2b of a file's content, as hex; memory does not grow with the file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
-
-
 def _entry(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "blake2b": digest_file(path)}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Written aside, flushed and renamed: readers see the old content or the new."""
-    aside = path.with_name(f".{path.name}.new")
-    aside.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=True) + "\n")
-    _flush(aside)
-    aside.rename(path)
-
-
-def _flush(path: Path) -> None:
-    """Have a file's content, or a folder's list of names, on disk before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -177,20 +167,25 @@ def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     return read_tensors(folder, "weights")
 
 
+@torch.no_grad()
+def load_into(parameters: Mapping[str, Tensor], folder: Path) -> None:
+    """Copy the weights in place. Raises ValueError unless the checkpoint holds exactly these parameters."""
+    found = set()
+    for name, tensor in read_weights(folder):
+        if name not in parameters or parameters[name].shape != tensor.shape:
+            raise ValueError(f"{folder}: has {name} {list(tensor.shape)}, this model does not; it is of another model")
+        parameters[name].copy_(tensor)
+        found.add(name)
+    if missing := parameters.keys() - found:
+        raise ValueError(f"{folder}: lacks {min(missing)}; it is of another model")
+
+
 def prune(run: Path, keep: int, best: Path | None = None) -> None:
     """Delete all checkpoints but the newest `keep` and the best."""
     assert keep >= 1
     for folder in saved(run)[:-keep]:
         if folder != best:
-            _discard(folder)
-
-
-def _discard(folder: Path) -> None:
-    """Delete; renamed first, so that nothing damaged stays under its name and late writers fail instead of refilling it."""
-    doomed = folder.with_name(f".step-discarded-{uuid.uuid4().hex[:8]}")
-    with suppress(FileNotFoundError):  # somebody else discards it too
-        folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)  # what stays is tried again when the next attempt begins
+            discard(folder)
 
 
 # ------------------------------------------------------------------------------------------------ fencing
@@ -222,15 +217,15 @@ class Attempt:
             _await_driver(run, lease_seconds)
         with _lock(run):
             number = next_attempt(run)
-            _write_json(run / "attempt", number)
+            write_json(run / "attempt", number)
             for leftover in (run / FOLDER).glob(".step-*"):
-                _discard(leftover)
+                discard(leftover)
         return cls(run, number, leased, lease_seconds)
 
     def temporary(self, step: int) -> Path:
         """A new empty folder, on the run's own file system, to write the checkpoint of `step` into."""
         folder = path_of(self.run, step).with_name(f".step-{step:08d}.{self.number}")
-        _discard(folder)
+        discard(folder)
         folder.mkdir()
         return folder
 
@@ -242,10 +237,10 @@ class Attempt:
             newest = next_attempt(self.run) - 1
             if newest != self.number:
                 raise Superseded(f"{self.run}: attempt {self.number} may not commit, attempt {newest} has taken over")
-            _flush(temporary)
-            _discard(final)  # if there is one: it did not verify, and its step was trained again
+            flush(temporary)
+            discard(final)  # if there is one: it did not verify, and its step was trained again
             temporary.rename(final)
-            _flush(final.parent)
+            flush(final.parent)
 
 
 class Lease:

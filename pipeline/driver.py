@@ -6,42 +6,40 @@ mirrors their progress, exports the result. All state is in files: the same call
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline import checkpoint, cluster, data, reference
 from pipeline.config import ConfigError, RunConfig, digest
-from pipeline.export import export
+from pipeline.export import EXPORT, RUN_FILE, export
 from pipeline.loop import Job, Plan, train_worker
 from pipeline.pretrained import fingerprint, locate, precision
 from pipeline.progress import METRICS_FILE, Monitor, read_metrics
 from pipeline.rows import Rows, write_json
 from pipeline.tracking import Tracker, start
 
-RUN_FILE = "run.json"
-EXPORT = "export"
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything that training reads, on storage that all nodes share."""
+
+    model: str  # where training starts from
+    frozen: str  # the reference's weights
+    rows: Path
+    reference: Path | None  # its log-probs of the rows, where the objective asks for them
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
     """Where a run's results are."""
 
+    prepared: Prepared
     run: Path
     export: Path
     metrics: dict[str, float]  # of the last step
     tracking: str  # where to find the MLflow run; empty when tracking is off
     already_finished: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """Everything that training reads, on storage that all nodes share."""
-
-    model: str
-    rows: Path
-    reference: Path | None
 
 
 def check(config: RunConfig) -> None:
@@ -59,23 +57,23 @@ def prepare(config: RunConfig, local: bool = False) -> Prepared:
     model = locate(config.model.path, cache)
     if not local:
         cluster.connect(config)
-    rows = data.prepare(config, model, local)
-    if config.objective.needs.reference == "none":
-        return Prepared(model, rows, None)
     frozen = locate(config.model.reference, cache, "model.reference") if config.model.reference else model
-    return Prepared(model, rows, reference.score(config, rows, frozen, local))
+    rows = data.prepare(config, model, local)
+    asked = config.objective.needs.reference != "none"
+    return Prepared(model, frozen, rows, reference.score(config, rows, frozen, local) if asked else None)
 
 
-def fit(config: RunConfig, local: bool = False) -> Result:
+def fit(config: RunConfig, local: bool = False, report: Callable[[Result, Tracker], None] | None = None) -> Result:
     """Train to the end; continues a killed run, returns at once when the run is already finished.
 
+    `report` is called with the exported result while the MLflow run is still open, for what else belongs to it.
     Raises ConfigError, data.DataError, loop.Diverged: one line each.
     """
     prepared = prepare(config, local)
     run, identity = open_run(config, prepared)
     tracker = start(config, run, identity)
     if (run / EXPORT).is_dir():
-        return Result(run, run / EXPORT, last_metrics(run), tracker.location, already_finished=True)
+        return Result(prepared, run, run / EXPORT, last_metrics(run), tracker.location, already_finished=True)
     status = "FAILED"
     try:
         tracker.log_config(config.dump())
@@ -86,13 +84,16 @@ def fit(config: RunConfig, local: bool = False) -> Result:
         exported = export(config, newest, prepared.model, run / EXPORT)
         tracker.log_summary({f"final/{name}": value for name, value in last_metrics(run).items()})
         tracker.log_model_reference(exported, config.tracking.copy_model, config.tracking.register_as)
+        result = Result(prepared, run, exported, last_metrics(run), tracker.location)
+        if report is not None:
+            report(result, tracker)
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
         raise
     finally:
         tracker.finish(status)
-    return Result(run, exported, last_metrics(run), tracker.location)
+    return result
 
 
 def open_run(config: RunConfig, prepared: Prepared) -> tuple[Path, str]:
@@ -117,13 +118,6 @@ def open_run(config: RunConfig, prepared: Prepared) -> tuple[Path, str]:
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / RUN_FILE, {"identity": identity, "model": prepared.model, "config": config.dump()})
     return run, identity
-
-
-def read_run(run: Path) -> dict[str, Any]:
-    """What `open_run` wrote. Raises ConfigError when the folder is no run."""
-    if not (run / RUN_FILE).is_file():
-        raise ConfigError(f"{run}: not a run's folder (no {RUN_FILE})")
-    return json.loads((run / RUN_FILE).read_text())
 
 
 def last_metrics(run: Path) -> dict[str, float]:

@@ -20,7 +20,8 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,7 @@ def lr_at(step: int, total_steps: int, config: OptimizerConfig) -> float:
     Rises linearly over the warm-up w (never 0: the first step is not wasted), is `lr` at step w, then falls towards
     `final_lr_fraction` · lr, which it would reach at step `total_steps`.
     """
-    warmup = config.warmup_steps
-    if warmup is None:
-        warmup = round(config.warmup_fraction * total_steps)
+    warmup = round(config.warmup_fraction * total_steps) if config.warmup_steps is None else config.warmup_steps
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
     done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
@@ -62,13 +61,12 @@ def lr_at(step: int, total_steps: int, config: OptimizerConfig) -> float:
 def check_offload() -> None:
     """Raises ConfigError unless this machine can build DeepSpeed's CPU Adam (happens once, at the first use)."""
     compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
-    if not any(shutil.which(name) for name in compilers):
-        missing = "a C++ compiler (g++ or clang++)"
-    elif not shutil.which("ninja"):
-        missing = "ninja on the PATH"
-    else:
-        return
-    raise ConfigError(f"scaling.offload_optimizer: needs {missing}; install it or set scaling.offload_optimizer=false")
+    found = {"a C++ compiler": any(map(shutil.which, compilers)), "ninja": shutil.which("ninja") is not None}
+    if missing := [name for name, there in found.items() if not there]:
+        needs = " and ".join(missing)
+        raise ConfigError(
+            f"scaling.offload_optimizer: needs {needs}; install it or set scaling.offload_optimizer=false"
+        )
 
 
 class Engine:
@@ -86,17 +84,18 @@ class Engine:
         self.module = policy
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.steps: int = 0
-        self._clip = config.optimizer.clip
-        self._stage = config.scaling.zero_stage
+        self._stage, self._clip = config.scaling.zero_stage, config.optimizer.clip
+        bf16 = precision(config.model.dtype) == torch.bfloat16
+        self._plain = self._stage == 0 and not bf16  # no wrapper: parameters are their own masters, gradients whole
         self._trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         self._sizes = {name: p.numel() for name, p in self._trained.items()}
         if resume is not None:
-            # Before DeepSpeed makes its copies: a later change of the masters reaches the working weights only at
-            # the next step.
-            _load_into(self._trained, resume)
-        self._engine = self._build(config, torch.device(device))
-        self._masters = self._full_masters()
-        self._create_moments()
+            # Before DeepSpeed copies them: what `_load` does to the masters reaches the weights at the next step only.
+            checkpoint.load_into(self._trained, resume)
+        optimizer = _adamw(self._trained.values(), config)
+        settings = _settings(config, bf16, torch.device(device), sum(self._sizes.values()))
+        self._engine = _initialize(policy, optimizer, settings, torch.device(device))
+        self._inner, self._masters = self._create_state()
         if resume is not None:
             self._load(resume)
 
@@ -121,16 +120,16 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        norm = self._clip_plain() if self._plain else None
-        if norm is None or math.isfinite(norm):
-            self._engine.step()
-        if norm is None:
+        if self._plain:
+            norm = float(nn.utils.clip_grad_norm_(self._trained.values(), self._clip or math.inf))
+            if math.isfinite(norm):
+                self._engine.step()
+        else:
+            self._engine.step()  # leaves the weights alone when the norm is not finite
             norm = float(self._engine.get_global_grad_norm())
         if not math.isfinite(norm):
             self._engine.zero_grad()
-            raise FloatingPointError(
-                f"the gradient's norm is {norm}; lower optimizer.lr or check the rows of this step"
-            )
+            raise FloatingPointError(f"the gradient's norm is {norm}; lower optimizer.lr or check this step's rows")
         self.steps += 1
         return norm
 
@@ -141,16 +140,18 @@ class Engine:
         ranks, then calls `checkpoint.finish`.
         """
         rounds = max(1, math.ceil(4 * sum(self._sizes.values()) / (PART_BYTES * self.world)))
-        parts = deal(self._sizes, rounds * self.world)
+        parts = checkpoint.deal(self._sizes, rounds * self.world)
         written = []
         for first in range(0, len(parts), self.world):
-            weights, moments = {}, {}
+            weights: dict[str, Tensor] = {}
+            moments: dict[str, Tensor] = {}
             for owner, names in enumerate(parts[first : first + self.world]):
                 for name in names:
-                    full = {key: self._gather(name, key) for key in (None, *MOMENTS)}  # collective: all ranks come here
-                    if owner == self.rank:
-                        weights[name] = _host(full[None])
-                        moments |= {f"{key}/{name}": _host(full[key]) for key in MOMENTS}
+                    for key in (None, *MOMENTS):
+                        full = self._gather(name, key)  # collective: all ranks come by here
+                        if owner == self.rank:
+                            target, label = (weights, name) if key is None else (moments, f"{key}/{name}")
+                            target[label] = full.to("cpu", torch.float32).contiguous()
             suffix = f"{first + self.rank + 1:05d}-of-{len(parts):05d}.safetensors"
             for kind, tensors in (("weights", weights), ("moments", moments)):
                 written.append(folder / f"{kind}-{suffix}")
@@ -158,80 +159,35 @@ class Engine:
         return written
 
     def close(self) -> None:
-        """Release everything that DeepSpeed holds. The engine and its policy cannot be used afterwards."""
+        """Release everything that DeepSpeed holds. Neither the engine nor its policy can be used afterwards."""
         self._engine.destroy()
-        del self._engine, self._masters, self._trained, self.module
+        del self._engine, self._inner, self._masters, self._trained, self.module
         gc.collect()
-
-    # ------------------------------------------------------------------------------------------- building
-
-    def _build(self, config: RunConfig, device: torch.device) -> Any:
-        deepspeed = _deepspeed(device)
-        optimizer = _adamw(self._trained.values(), config, offload=config.scaling.offload_optimizer)
-        bf16 = precision(config.model.dtype) == torch.bfloat16
-        zero: dict[str, Any] = {
-            "stage": self._stage,
-            "reduce_bucket_size": min(BUCKET_NUMEL, sum(self._sizes.values())),
-            "stage3_param_persistence_threshold": PERSISTENT_NUMEL,
-        }
-        if config.scaling.offload_optimizer:
-            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
-        settings: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 1,  # a formality: micro-batches vary, and `backward` divides by nothing
-            "gradient_accumulation_steps": 1,
-            "zero_optimization": zero,
-            "bf16": {"enabled": bf16, "check_grad_overflow": True},
-            "communication_data_type": "fp32",
-            # Stage 0 in float32 has no optimizer wrapper that would report the norm: `_clip_plain` clips.
-            "gradient_clipping": 0.0 if self._stage == 0 and not bf16 else (self._clip or 0.0),
-            "steps_per_print": None,
-        }
-        if self._stage > 0:
-            settings["data_types"] = {"grad_accum_dtype": "fp32"}
-        self._plain = self._stage == 0 and not bf16
-        engine, *_ = deepspeed.initialize(model=self.module, optimizer=optimizer, config=settings)
-        return engine
-
-    def _clip_plain(self) -> float:
-        """Stage 0 in float32: gradients are whole and already summed over the ranks."""
-        return float(nn.utils.clip_grad_norm_(self._trained.values(), self._clip or math.inf))
 
     # -------------------------------------------------------------------------------------------- state
 
-    def _full_masters(self) -> dict[str, Tensor]:
-        """Stage 0: name → whole float32 master. Above, masters are flat partitions that `deepspeed.utils` reads."""
-        if self._stage > 0:
-            return {}
-        if self._plain:
-            return dict(self._trained)
-        wrapper = self._engine.optimizer
-        pairs = zip(chain(*wrapper.fp16_groups), chain(*wrapper.fp32_groups), strict=True)
-        master = {id(working): full for working, full in pairs}
-        return {name: master[id(p)] for name, p in self._trained.items()}
-
-    def _create_moments(self) -> None:
-        """Adam's state at step 0, before any step has been made.
+    def _create_state(self) -> tuple[torch.optim.Optimizer, dict[str, Tensor]]:
+        """Adam's state at step 0 → (the AdamW that steps, at stage 0 the float32 masters by name).
 
         DeepSpeed would create it in the first step, and at stages 1 and 2 link it for the first parameter group only.
-        Whatever its wrappers already did to the optimizer (a step with zero gradients, at stage 0) is forgotten.
+        What its wrappers already did to the optimizer (a step with zero gradients, at stage 0) is forgotten.
         """
         wrapper = self._engine.optimizer
         inner = getattr(wrapper, "optimizer", wrapper)
         flat = getattr(wrapper, "fp32_partitioned_groups_flat", None)  # stage 3; its groups are empty between steps
-        masters = flat if flat is not None else [p for group in inner.param_groups for p in group["params"]]
+        masters = [p for group in inner.param_groups for p in group["params"]] if flat is None else flat
         for master in masters:
             moments = {key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS}
-            inner.state[master] = {"step": self._step_state(inner, master.device, 0), **moments}
-        self._inner = inner
+            inner.state[master] = {"step": _step_count(inner, master, 0), **moments}
         if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
             wrapper._lazy_init_hp_params_optimizer_state()
-
-    @staticmethod
-    def _step_state(inner: torch.optim.Optimizer, device: torch.device, steps: int) -> Tensor | int:
-        """The step count as this optimizer keeps it."""
-        if isinstance(inner, torch.optim.AdamW):
-            return torch.tensor(float(steps), dtype=torch.float32, device=device)
-        return steps  # DeepSpeedCPUAdam
+        if self._stage > 0:
+            return inner, {}
+        if self._plain:
+            return inner, dict(self._trained)
+        pairs = zip(chain(*wrapper.fp16_groups), chain(*wrapper.fp32_groups), strict=True)
+        master_of = {id(working): master for working, master in pairs}
+        return inner, {name: master_of[id(p)] for name, p in self._trained.items()}
 
     def _gather(self, name: str, key: str | None) -> Tensor:
         """A parameter's whole float32 master (key None) or moment. Collective."""
@@ -275,50 +231,16 @@ class Engine:
             self._scatter(parameter, key, tensor)
         self.steps = int(checkpoint.read_state(folder)["step"])
         for master, state in self._inner.state.items():
-            state["step"] = self._step_state(self._inner, master.device, self.steps)
+            state["step"] = _step_count(self._inner, master, self.steps)
 
 
-# ------------------------------------------------------------------------------------------------- parts
-
-
-def deal(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
-    """Names in `parts` lists of about equal total size: each goes, largest first, to the lightest list so far."""
-    dealt: list[list[str]] = [[] for _ in range(parts)]
-    load = [0] * parts
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        lightest = load.index(min(load))
-        dealt[lightest].append(name)
-        load[lightest] += sizes[name]
-    return dealt
-
-
-def _host(tensor: Tensor) -> Tensor:
-    return tensor.to("cpu", torch.float32).contiguous()
-
-
-@torch.no_grad()
-def _load_into(parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
-    """Copy a checkpoint's weights. Raises ValueError unless it holds exactly these parameters."""
-    found = set()
-    for name, tensor in checkpoint.read_weights(folder):
-        if name not in parameters or parameters[name].shape != tensor.shape:
-            raise ValueError(
-                f"{folder}: {name} {list(tensor.shape)} is not in this model; its run trained another model"
-            )
-        parameters[name].copy_(tensor)
-        found.add(name)
-    if missing := parameters.keys() - found:
-        raise ValueError(f"{folder}: lacks {min(missing)}; its run trained another model")
-
-
-def _adamw(parameters: Any, config: RunConfig, offload: bool) -> torch.optim.Optimizer:
+def _adamw(parameters: Iterable[nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
     """AdamW in two groups: no weight decay on biases and norm vectors. The learning rate comes with each step."""
-    settings = config.optimizer
-    matrices = [p for p in parameters if p.dim() >= 2]
-    vectors = [p for p in parameters if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    if offload:
+    settings, kept = config.optimizer, list(parameters)
+    matrices, vectors = [p for p in kept if p.dim() >= 2], [p for p in kept if p.dim() < 2]
+    decays = ((matrices, settings.weight_decay), (vectors, 0.0))
+    groups = [{"params": members, "weight_decay": decay} for members, decay in decays if members]
+    if config.scaling.offload_optimizer:
         check_offload()
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
@@ -326,19 +248,51 @@ def _adamw(parameters: Any, config: RunConfig, offload: bool) -> torch.optim.Opt
     return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
 
 
-def _deepspeed(device: torch.device) -> Any:
-    """The module, told which device to use, and with nothing left of an earlier process group."""
+def _step_count(optimizer: torch.optim.Optimizer, master: Tensor, steps: int) -> Tensor | int:
+    """The number of steps, in the type that this optimizer keeps it in."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        return torch.tensor(float(steps), device=master.device)
+    return steps  # DeepSpeedCPUAdam
+
+
+def _settings(config: RunConfig, bf16: bool, device: torch.device, numel: int) -> dict[str, Any]:
+    """What DeepSpeed is told."""
+    stage = config.scaling.zero_stage
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": min(BUCKET_NUMEL, numel),
+        "stage3_param_persistence_threshold": PERSISTENT_NUMEL,
+    }
+    if config.scaling.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # a formality: micro-batches vary, and `backward` divides by nothing
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": zero,
+        "bf16": {"enabled": bf16},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32" if stage > 0 else None},  # stage 0 knows only the working type
+        "gradient_clipping": (config.optimizer.clip or 0.0) if stage > 0 or bf16 else 0.0,  # `step` clips
+        "steps_per_print": None,
+    }
+
+
+def _initialize(policy: nn.Module, optimizer: torch.optim.Optimizer, settings: dict, device: torch.device) -> Any:
+    """DeepSpeed's engine on this device, quietly, and with nothing left of an earlier process group."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # it would take a GPU wherever there is one
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # set by Ray; required also of a process alone
     import deepspeed
+    from deepspeed.runtime import bf16_optimizer
     from deepspeed.utils import groups, logger
 
     logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
     # Otherwise its communication layer compiles a shared-memory kernel (for inference) on first use.
     deepspeed.ops.__compatible_ops__ = {}
     if groups._WORLD_GROUP is not None:
         try:
             dist.get_global_rank(groups._WORLD_GROUP, 0)
-        except ValueError:  # its process group was destroyed and a new one made: this worker is used again
+        except ValueError:  # destroyed since: this process has joined another group
             groups._release_process_group_references()
-    return deepspeed
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None  # stage 1 in bfloat16 prints a table at every move
+    return deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)[0]

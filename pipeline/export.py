@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import torch
 
 from pipeline import checkpoint
-from pipeline.config import RunConfig
+from pipeline.config import ConfigError, RunConfig, validate
 from pipeline.model import Policy
-from pipeline.pretrained import load_causal_lm, load_tokenizer
+from pipeline.pretrained import load_causal_lm, load_tokenizer, locate
 
 
 def export(config: RunConfig, folder: Path, model: str, target: Path) -> Path:
@@ -29,3 +30,30 @@ def export(config: RunConfig, folder: Path, model: str, target: Path) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
     return target
+
+
+RUN_FILE = "run.json"
+EXPORT = "export"
+
+
+def weights_of(path: str, cache: Path) -> str:
+    """A folder or hub name that transformers loads, for anything that holds weights.
+
+    `path`: a hub name or model folder, a run's folder (its export, or else its newest checkpoint), or one of a run's
+    checkpoints `…/step-00000020`. Checkpoints are exported once, beside the run's own export. Raises ConfigError.
+    """
+    folder = Path(path).expanduser().absolute()
+    if (folder / RUN_FILE).is_file() and not (folder / EXPORT).is_dir():
+        newest = checkpoint.latest(folder)
+        if newest is None:
+            raise ConfigError(f"checkpoint_from: {folder} has neither an export nor a checkpoint yet; train it first")
+        folder = newest
+    run = folder.parent.parent
+    if not (folder / checkpoint.STATE).is_file() or not (run / RUN_FILE).is_file():
+        return locate(path, cache, "checkpoint_from")
+    target = run / "exports" / folder.name
+    if not target.is_dir():
+        made_by = json.loads((run / RUN_FILE).read_text())
+        target.parent.mkdir(exist_ok=True)
+        export(validate(made_by["config"]), folder, made_by["model"], target)
+    return str(target)

@@ -136,7 +136,7 @@ def _copied(source: Source, key: str, work: Path, saved: str | None) -> File:
     stat = (
         sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in Path(saved).rglob("*.arrow")) if saved else []
     )
-    name = digest(source.path, source.subset, source.split, data._fingerprint, len(data), stat)
+    name = digest(data._fingerprint, len(data), stat)
     path = Path(work).resolve() / f"datasets-{name}.parquet"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

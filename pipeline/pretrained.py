@@ -196,7 +196,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, key: str = "model
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise _not_loadable("a tokenizer", path, key, error) from None
 
 
@@ -211,6 +211,7 @@ def load_causal_lm(
 
     Weights that the checkpoint lacks would start out random: refused. Raises `ConfigError`.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
@@ -221,7 +222,7 @@ def load_causal_lm(
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise _not_loadable("a causal language model", path, key, error) from None
     if info["missing_keys"]:
         lacking = sorted(info["missing_keys"])
@@ -231,17 +232,10 @@ def load_causal_lm(
     return model.eval()
 
 
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a response: the tokenizer's EOS and those of the generation settings (chat models add theirs)."""
-    configured = model.generation_config.eos_token_id if model.generation_config is not None else None
-    listed = configured if isinstance(configured, list) else [configured]
-    return sorted({i for i in [*listed, tokenizer.eos_token_id] if i is not None})
-
-
 def _not_loadable(what: str, path: str, key: str, error: Exception) -> ConfigError:
     """The first line of a library's message (what follows is advice on its own options), with our remedy."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     remedy = (
         "check the folder's files" if Path(path).is_dir() else "correct the name, or without a network give a folder"
     )
-    return ConfigError(f"{key}: cannot load {what} from {path}; {remedy} ({lines[0].strip()})")
+    return ConfigError(f"{key}: cannot load {what} from {path}; {remedy} ({type(error).__name__}: {lines[0].strip()})")

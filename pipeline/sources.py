@@ -27,6 +27,7 @@ EXCERPT = 500
 
 # A line that holds nothing but white space; the lookahead leaves its end to be the next line's beginning.
 _BLANK_LINE = re.compile(rb"\n[ \t\r\x0b\x0c]*(?=\n)")
+_MARK = b"\xef\xbb\xbf"  # byte order mark, which Windows programs write
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,9 +179,8 @@ def read(chunk: Chunk) -> Iterator[RawRecord]:
         yield RawRecord(chunk.first_record + found, f"{chunk.label}:{line}", value, error, raw)
         found += 1
     if found != chunk.records:
-        raise RuntimeError(
-            f"{chunk.path}: {found} records where {chunk.records} were planned; the file changed, run again"
-        )
+        planned = f"{found} records where {chunk.records} were planned"
+        raise RuntimeError(f"{chunk.path}: {planned}; the file changed, run again")
 
 
 _Part = tuple[int, dict[str, Any] | None, str | None, str]
@@ -194,16 +194,14 @@ def _read_lines(chunk: Chunk) -> Iterator[_Part]:
         position, number = chunk.start, chunk.first_line
         while position < chunk.stop and (line := stream.readline()):
             if line.strip():
-                yield number, *_parse_line(_without_mark(line) if position == 0 else line), _excerpt(line)
+                yield number, *_parse_line(line if position else line.removeprefix(_MARK)), _excerpt(line)
             position += len(line)
             number += 1
 
 
 def _read_array(chunk: Chunk) -> Iterator[_Part]:
     with open_binary(chunk.path) as stream:
-        elements = _elements(stream.read())
-    for number, element in enumerate(elements, start=1):
-        yield number, *element
+        yield from ((number, *element) for number, element in enumerate(_elements(stream.read()), start=1))
 
 
 def _read_parquet(chunk: Chunk) -> Iterator[_Part]:
@@ -248,10 +246,6 @@ def _excerpt(value: Any) -> str:
     return json.dumps(value, default=str)[:EXCERPT]
 
 
-def _without_mark(data: bytes) -> bytes:
-    return data.removeprefix(b"\xef\xbb\xbf")
-
-
 # --------------------------------------------------------------------------------------------------- JSON
 
 
@@ -289,9 +283,10 @@ def _parse_line(data: bytes) -> tuple[dict[str, Any] | None, str | None]:
 
 def _elements(data: bytes) -> list[tuple[dict[str, Any] | None, str | None, str]]:
     """Elements of a file that is one array. It is one JSON value: broken anywhere, it counts as one broken record."""
-    value, error = _parse_json(_without_mark(data))
-    if error or not isinstance(value, list):
-        return [(None, error or "not a JSON array", _excerpt(data))]
+    value, error = _parse_json(data.removeprefix(_MARK))
+    if error:
+        return [(None, error, _excerpt(data))]
+    assert isinstance(value, list), "a file that begins with [ is an array or broken"
     return [(*_checked(element, data), _excerpt(element)) for element in value]
 
 

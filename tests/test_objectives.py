@@ -8,7 +8,6 @@ from typing import ClassVar
 
 import pytest
 import torch
-from batches import as_out, make_batch, make_logprobs, rows_of, with_ratios
 from torch import Tensor
 
 from pipeline import config
@@ -18,6 +17,7 @@ from pipeline.objectives.dpo import Dpo, dpo_loss
 from pipeline.objectives.f_dpo import FDpo, f_score
 from pipeline.objectives.plackett_luce import PlackettLuce, plackett_luce_loss
 from pipeline.objectives.sft import Sft
+from tests.batches import as_out, make_batch, make_logprobs, rows_of, with_ratios
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
 VARIANTS = [

@@ -175,7 +175,7 @@ def test_nucleus_is_the_smallest_set_that_holds_the_mass(seed, mass, spread, siz
 
 def test_noise_in_the_logits_rarely_changes_a_token():
     """Logits differ between batch shapes by rounding. The same streams must give the same tokens all the same: at most
-    3 of 3,200 draws from a vocabulary of 5,000 change. (Inverting the cumulative distribution: about NN.)"""
+    3 of 3,200 draws from a vocabulary of 5,000 change. (Inverting the cumulative distribution: about 40.)"""
     rows, steps, vocabulary = 64, 50, 5000
     noise = torch.Generator().manual_seed(0)
     changed = 0
@@ -186,7 +186,7 @@ def test_noise_in_the_logits_rarely_changes_a_token():
         none = torch.tensor([], dtype=torch.long)
         token = next_tokens(logits, SamplingConfig(), none, step, plain)[0]
         changed += int((token != next_tokens(moved, SamplingConfig(), none, step, shaken)[0]).sum())
-    assert changed <= 2
+    assert changed <= 3
 
 
 def test_unusable_prompts_and_models_are_refused(model):

@@ -217,7 +217,10 @@ def test_the_fingerprint_is_of_contents_order_and_columns(tmp_path):
     ]
     a.write_text(a.read_text().replace("p9", "p8"))
     others.append(fingerprint(source(a), source(b)))
-    assert len({base, *others}) == 6
+    for rows in (ROWS, ROWS[::-1]):
+        parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+        others.append(fingerprint(source(tmp_path / "a.parquet")))
+    assert len({base, *others}) == 8
 
 
 # ---------------------------------------------------------------------------------------- finding files
@@ -318,6 +321,10 @@ def test_folders_that_datasets_saved(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in work.iterdir()} == copies  # not written again
     splits["train"].select([3, 1]).save_to_disk(tmp_path / "flat")
     assert values(plan([source(tmp_path / "flat")], work)) == [ROWS[3], ROWS[1]]
+    Dataset.from_list(ROWS[4:6]).save_to_disk(tmp_path / "other")
+    arrow = "data-00000-of-00001.arrow"
+    (tmp_path / "flat" / arrow).write_bytes((tmp_path / "other" / arrow).read_bytes())  # the description stays
+    assert values(plan([source(tmp_path / "flat")], work)) == ROWS[4:6]
 
 
 def test_names_are_loaded_through_datasets(tmp_path, monkeypatch):

@@ -307,10 +307,15 @@ def test_a_server_that_never_answers_costs_no_exception_and_finish_says_what_is_
 def test_an_entry_that_can_never_succeed_blocks_no_other(storage, settings, run, caplog, tmp_path):
     tracker = start(settings, run, "0123")
     tracker.log_artifact(tmp_path / "gone.txt")
+    tracker.log_text("x", "../outside.txt")
+    tracker.log_summary({"../loss": 1.0})
     tracker.log_metrics(1, {"loss": 1.0})
     tracker.finish("FINISHED")
     assert history(storage, run, "loss") == [(1, 1.0)]
-    assert "refused gone.txt" in caplog.text
+    assert "refused gone.txt: FileNotFoundError" in caplog.text
+    assert "summary: MlflowException: Invalid" in caplog.text
+    assert "was not told: ../outside.txt (MlflowException: Invalid artifact path" in caplog.text
+    assert stored(storage, run).info.status == "FINISHED"
 
 
 def test_backlog_keeps_order_and_leaves_a_failing_service_alone(caplog):
@@ -338,6 +343,22 @@ def test_backlog_keeps_order_and_leaves_a_failing_service_alone(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "service fails, training goes on: Outage: line one line two"
     ]
+
+
+def test_backlog_passes_over_an_entry_that_always_fails(caplog):
+    sent = []
+
+    def fail(_: object) -> None:
+        raise Outage("never")
+
+    backlog = Backlog("service", lambda: "connection", lambda error: False, interval=0, retry=0)
+    backlog.add("bad", fail)
+    backlog.add("good", sent.append)
+    backlog.add("better", sent.append)
+    assert sent, "already while it is open"
+    backlog.close()
+    assert sent == ["connection", "connection"]
+    assert caplog.records[-1].getMessage() == "service was not told: bad (Outage: never)"
 
 
 # ------------------------------------------------------------------------------------------------------ models

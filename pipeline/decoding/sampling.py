@@ -149,17 +149,17 @@ def _prefill(
         attention_mask=mask[:, :width],
         position_ids=(mask[:, :width].cumsum(-1) - 1).clamp(min=0),
         use_cache=True,
-        **({"logits_to_keep": 1} if _takes_logits_to_keep(model) else {}),
+        **last_logits_only(model),
     )
     copies = torch.tensor([places.index(draw.prompt) for draw in batch], device=device)
     out.past_key_values.reorder_cache(copies)
     return out.logits[:, -1][copies], mask[copies], out.past_key_values
 
 
-def _takes_logits_to_keep(model: torch.nn.Module) -> bool:
-    """Whether the vocabulary projection can be held to the last position. Adapters hide the signature."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+def last_logits_only(model: torch.nn.Module) -> dict[str, int]:
+    """Arguments that hold a forward's vocabulary projection to the last position, where the model knows them."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters hide the signature
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
 
 
 # ------------------------------------------------------------------------------------------------ one token

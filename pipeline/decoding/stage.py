@@ -1,0 +1,102 @@
+"""Decode many prompts: the model is loaded once per Ray Data actor, or once in this process.
+
+Completion i of prompt p depends on the model, the prompt, the settings, its key and i, not on the number of actors or
+the batch (see `sampling`). Left out: where prompts come from, and what is done with the completions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import torch
+
+from pipeline.config import ModelConfig, SamplingConfig
+from pipeline.decoding import DECODERS
+from pipeline.pretrained import load_causal_lm, load_tokenizer, precision
+from pipeline.stage import Item, Resources, run_stage
+
+
+class Decoded(TypedDict):
+    """One completion of one prompt."""
+
+    prompt: int  # place in the caller's list
+    index: int  # which of the prompt's completions, 0 … per_prompt − 1
+    text: str  # without special tokens
+    token_ids: list[int]  # [R], with the EOS that ended it, if one did
+    logprobs: list[float]  # [R] nats, under the model itself
+
+
+class DecodePrompts:
+    """The actor: {"prompts": token ids of some prompts, "keys": one each} → {"completions": prompt-major list}."""
+
+    def __init__(
+        self, model: str, config: dict[str, Any], settings: dict[str, Any], stop_ids: list[int], decoder: str, gpu: bool
+    ) -> None:
+        options = ModelConfig.model_validate(config)
+        self.settings = SamplingConfig.model_validate(settings)
+        self.tokenizer = load_tokenizer(model, options.trust_remote_code)
+        loaded = load_causal_lm(model, precision(options.dtype), options.attention, options.trust_remote_code)
+        self.model = loaded.to(torch.device("cuda" if gpu else "cpu"))
+        self.decode, self.stop_ids = DECODERS[decoder], stop_ids
+        pad = self.tokenizer.pad_token_id
+        self.pad_id = 0 if pad is None else pad  # masked wherever it stands, so any token will do
+
+    def __call__(self, item: Item) -> Item:
+        done = self.decode(self.model, item["prompts"], self.settings, self.stop_ids, self.pad_id, item["keys"])
+        texts = self.tokenizer.batch_decode(
+            [c.token_ids for c in done], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return {
+            "completions": [
+                {"text": text, "token_ids": c.token_ids, "logprobs": c.logprobs}
+                for text, c in zip(texts, done, strict=True)
+            ]
+        }
+
+
+def decode_prompts(
+    model: str,
+    prompts: Sequence[Sequence[int]],
+    settings: SamplingConfig,
+    *,
+    config: ModelConfig,
+    stop_ids: Sequence[int],
+    resources: Resources,
+    local: bool,
+    decoder: str = "sampling",
+    keys: Sequence[int] | None = None,
+    label: str = "decode",
+) -> list[Decoded]:
+    """`settings.per_prompt` completions of each prompt, sorted by (prompt, index).
+
+    model: what `pretrained.locate` gave. prompts: token ids (`Renderer.prompt_ids`); stop_ids: tokens that end a
+    completion (`Renderer.stop_ids`). keys: names of the prompts' random streams, by default their places, so that two
+    equal prompts get different completions. config: precision, attention and trust of `model`; its path is not read.
+    """
+    keys = range(len(prompts)) if keys is None else keys
+    per_item = max(1, settings.batch_size // settings.per_prompt)
+    order = sorted(range(len(prompts)), key=lambda p: -len(prompts[p]))  # batches of like lengths, longest first
+    pieces = [order[start : start + per_item] for start in range(0, len(order), per_item)]
+    items = [{"prompts": [list(prompts[p]) for p in piece], "keys": [int(keys[p]) for p in piece]} for piece in pieces]
+    arguments = {
+        "model": model,
+        "config": config.model_dump(mode="json"),
+        "settings": settings.model_dump(mode="json"),
+        "stop_ids": sorted(stop_ids),
+        "decoder": decoder,
+        "gpu": resources.gpus > 0,
+    }
+    results = run_stage(DecodePrompts, arguments, items, label=label, resources=resources, local=local, unit="batch")
+    found: dict[tuple[int, int], Decoded] = {}
+    for piece, result in zip(pieces, results, strict=True):
+        names = [(p, i) for p in piece for i in range(settings.per_prompt)]
+        for (p, i), completion in zip(names, result["completions"], strict=True):
+            found[p, i] = {
+                "prompt": p,
+                "index": i,
+                "text": completion["text"],
+                "token_ids": list(completion["token_ids"]),
+                "logprobs": list(completion["logprobs"]),
+            }
+    return [found[name] for name in sorted(found)]
