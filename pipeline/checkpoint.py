@@ -62,7 +62,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
     save_file(dict(tensors), path)
     flush(path)
-    write_json(path.with_name(path.name + SEAL), _entry(path))
+    path.with_name(path.name + SEAL).write_text(json.dumps(_entry(path)))
 
 
 def deal(sizes: Mapping[str, int], parts: int) -> list[list[str]]:

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import DataConfig, RunConfig, digest
-from pipeline.contracts import ROW_SCHEMA
+from pipeline.contracts import ROW_SCHEMA, Record
 from pipeline.errors import UserError
 from pipeline.layouts import parse
 from pipeline.pretrained import load_tokenizer
@@ -91,16 +91,17 @@ class PrepareChunk:
             "row_id": raw.row_id,
             "source": raw.source,
             "source_index": source_index,
-            "prompt_hash": prompt_hash(rendered.prompt_ids),
+            "prompt_hash": prompt_hash(record),
             "prompt_ids": rendered.prompt_ids,
             "response_ids": rendered.response_ids,
             "weight": record.weight,
         }
 
 
-def prompt_hash(prompt_ids: list[int]) -> int:
-    """A signed 64-bit hash of a prompt's tokens, the same on every machine."""
-    raw = hashlib.blake2b(json.dumps(prompt_ids).encode(), digest_size=8).digest()
+def prompt_hash(record: Record) -> int:
+    """A signed 64-bit hash of a record's whole prompt, the same on every machine (truncation cannot make prompts differ)."""
+    prompt = record.prompt if isinstance(record.prompt, str) else [[turn.role, turn.content] for turn in record.prompt]
+    raw = hashlib.blake2b(json.dumps(prompt).encode(), digest_size=8).digest()
     return int.from_bytes(raw, "big", signed=True)
 
 
@@ -121,7 +122,7 @@ def prepare(config: RunConfig, model: str, local: bool = False) -> Path:
     )
     tokenizer = load_tokenizer(model, config.model.trust_remote_code)
     contents = [train.fingerprint, held_out.fingerprint]
-    folder = cache / f"rows-{digest(1, contents, _shaping(config.data), tokenizer_identity(tokenizer))}"
+    folder = cache / f"rows-{digest(2, contents, _shaping(config.data), tokenizer_identity(tokenizer))}"
     if not is_finished(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _write(config, train.chunks + held_out.chunks, folder, model, local)

@@ -17,7 +17,7 @@ from pipeline.loop import Job, Plan, train_worker
 from pipeline.pretrained import fingerprint, locate, precision
 from pipeline.progress import METRICS_FILE, Monitor, read_metrics
 from pipeline.rows import Rows, write_json
-from pipeline.tracking import Tracker, start
+from pipeline.tracking import Tracker, start, tracking_uri
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,8 @@ class Result:
 
 def check(config: RunConfig) -> None:
     """What can be known to fail before any work starts. Raises ConfigError."""
+    if config.tracking.enabled:
+        tracking_uri(config)
     if config.scaling.offload_optimizer:
         from pipeline.engine import check_offload
 
@@ -167,7 +169,7 @@ def _train_on_ray(job: Job) -> None:
         ),
         torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker else "gloo"),
         run_config=RayRunConfig(
-            name=f"{job.run.name}-{checkpoint.next_attempt(job.run)}",
+            name=f"{job.run.name}-{checkpoint.next_attempt(job.run)}",  # a name used before would continue Ray's own state
             storage_path=str(job.run / "ray"),
             failure_config=FailureConfig(max_failures=scaling.max_failures),
         ),

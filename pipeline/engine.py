@@ -7,7 +7,7 @@ ZeRO stages 0 to 3, float32 or bfloat16 with float32 master weights, any number 
 Only parameters with `requires_grad` are trained, saved and loaded.
 
 A checkpoint knows neither stage nor rank count: parameters and their Adam moments are gathered one at a time in float32
-and dealt out to the ranks as writers. At the same stage and rank count, going on from one is bit-equal to never having stopped.
+and dealt out to the ranks as writers. At the same stage and rank count, to go on from one is bit-equal to not having stopped.
 
 Left out: the learning-rate schedule's state (`lr_at` is a function of the step), what a loss is (`objectives`), and
 when to save and who may (`loop`, `checkpoint`).
@@ -110,7 +110,7 @@ class Engine:
         the plain sum of all gradients. The number of calls may vary from step to step, but not between ranks.
         """
         self._engine.set_gradient_accumulation_boundary(last)
-        # DeepSpeed averages over ranks (its switch for sums does not exist at stage 3): take the division back.
+        # DeepSpeed averages over ranks (stage 3 has no switch for sums): take the division back.
         self._engine.backward(loss * self.world, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
@@ -160,7 +160,10 @@ class Engine:
 
     def close(self) -> None:
         """Release everything that DeepSpeed holds. Neither the engine nor its policy can be used afterwards."""
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
         self._engine.destroy()
+        FWD_MODULE_STACK[:] = [m for m in FWD_MODULE_STACK if m is not self.module]  # stage 3 never takes it off
         del self._engine, self._inner, self._masters, self._trained, self.module
         gc.collect()
 
@@ -193,8 +196,7 @@ class Engine:
         """A parameter's whole float32 master (key None) or moment. Collective."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        if self._stage == 0:
-            master = self._masters[name]
+        if (master := self._masters.get(name)) is not None:
             return master.detach() if key is None else self._inner.state[master][key]
         p = self._trained[name]
         return safe_get_full_fp32_param(p) if key is None else safe_get_full_optimizer_state(p, key)
@@ -204,9 +206,8 @@ class Engine:
         """The reverse of `_gather`: keep this rank's share of a whole master or moment."""
         from deepspeed import utils
 
-        p = self._trained[name]
-        if self._stage == 0:
-            master = self._masters[name]
+        p, master = self._trained[name], self._masters.get(name)
+        if master is not None:
             (master if key is None else self._inner.state[master][key]).copy_(value)
         elif self._stage == 3:
             # safe_set_full_* fails where a parameter's size is no multiple of the rank count: cut the share here.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from pipeline.evaluation import held_out
 from pipeline.metrics import Sums, all_sum, batch_metrics
 from pipeline.model import load_policy
 from pipeline.order import micro_batches, step_rows, steps_per_epoch
-from pipeline.progress import METRICS_FILE, MetricsFile
+from pipeline.progress import LOG_FILE, METRICS_FILE, MetricsFile, log_to
 from pipeline.rows import Rows, Split
 
 
@@ -110,7 +111,9 @@ def train_worker(plain: dict[str, Any]) -> None:
     Raises `Diverged` on a non-finite loss and `checkpoint.Superseded` when a newer attempt has taken over the run.
     """
     job = Job.parse(plain)
-    with process_group(job.config) as device:
+    with process_group(job.config) as device, ExitStack() as stack:
+        if dist.get_rank() == 0:
+            stack.enter_context(log_to(job.run / LOG_FILE))
         _train(job, device)
 
 

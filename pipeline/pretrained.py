@@ -213,7 +213,10 @@ def load_causal_lm(
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    if Path(path).is_dir():
+        logging.disable_progress_bar()  # local weights load in moments; downloads keep their bar
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path,

@@ -7,16 +7,18 @@ so that a slow terminal or a tracking server that is down cannot slow training, 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, LOG_FILE = "metrics.jsonl", "log.txt"
 
 
 class MetricsFile:
@@ -45,8 +47,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1] if line.endswith("}")]
 
 
+@contextmanager
+def log_to(path: Path) -> Iterator[None]:
+    """Copy our own warnings to a file: workers are elsewhere, and the driver's `Monitor` shows it to the person."""
+    handler = logging.FileHandler(path)
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("pipeline")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
 class Monitor:
-    """The driver's side: a thread that follows `metrics.jsonl` while workers train.
+    """The driver's side: a thread that follows the run's metrics and log while workers train.
 
     Args:
         run: the run's folder.
@@ -58,8 +75,8 @@ class Monitor:
     def __init__(
         self, run: Path, total_steps: int, on_step: Callable[[int, dict[str, float]], None], last_step: int = 0
     ) -> None:
-        self._path, self._on_step, self._last = run / METRICS_FILE, on_step, last_step
-        self._offset = 0
+        self._metrics, self._log = _Follower(run / METRICS_FILE), _Follower(run / LOG_FILE, from_end=True)
+        self._on_step, self._last = on_step, last_step
         self._bar = _Bar(total_steps)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="monitor", daemon=True)
@@ -79,22 +96,35 @@ class Monitor:
             self._drain()
 
     def _drain(self) -> None:
-        """Tell what has been written since the last call; a file that shrank was rewritten by a resumed worker."""
-        if not self._path.is_file():
-            return
-        if self._path.stat().st_size < self._offset:
-            self._offset = 0
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            complete, newline, _ = file.read().rpartition(b"\n")
-        self._offset += len(complete) + len(newline)
-        for text in complete.splitlines():
+        """Tell what has been written since the last call."""
+        for text in self._log.new_lines():
+            tqdm.write(text, file=sys.stderr)
+        for text in self._metrics.new_lines():
             metrics = json.loads(text)
             step = metrics.pop("step")
             if step > self._last:
                 self._on_step(step, metrics)
                 self._last = step
             self._bar.show(step, metrics)
+
+
+class _Follower:
+    """New complete lines of a file that others append to; a file that shrank was rewritten by a resumed worker."""
+
+    def __init__(self, path: Path, from_end: bool = False) -> None:
+        self._path = path
+        self._offset = path.stat().st_size if from_end and path.is_file() else 0
+
+    def new_lines(self) -> list[str]:
+        if not self._path.is_file():
+            return []
+        if self._path.stat().st_size < self._offset:
+            self._offset = 0
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            complete, newline, _ = file.read().rpartition(b"\n")
+        self._offset += len(complete) + len(newline)
+        return complete.decode(errors="replace").splitlines()
 
 
 class _Bar:

@@ -52,7 +52,7 @@ class Renderer:
             raise ConfigError("data.append_eos: the tokenizer has no EOS token; set it to false")
         self._adds_bos = self.bos is not None and tokenizer("a")["input_ids"][:1] == [self.bos]
         # SentencePiece-like tokenizers put a space in front of every text; a response must not gain one.
-        self._adds_space = self._decode(self._encode("a") * 2) == "a a"
+        self._adds_space = tokenizer.decode(self._encode("a") * 2, clean_up_tokenization_spaces=False) == "a a"
         if data.chat_template is not None:
             try:
                 _ = self._turn_end
@@ -97,9 +97,6 @@ class Renderer:
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-
     def _alone(self, text: str) -> list[int]:
         """Tokens of a text that continues another, without the space that some tokenizers put in front."""
         if self._adds_space:
@@ -127,8 +124,7 @@ class Renderer:
         wanted = min(limit, max(self.data.max_length - room, 1))
         if len(ids) <= wanted:
             return ids
-        head = self._head(ids, prompt)
-        tail = self._tail(ids, prompt)
+        head, tail = self._frame(ids, prompt)
         kept = max(wanted, min(len(ids), head + tail))
         if kept > limit:
             if self.data.max_prompt_length is None:
@@ -136,20 +132,18 @@ class Renderer:
             raise ValueError("nothing left of the prompt within max_prompt_length: system text and template fill it")
         return ids[:head] + ids[len(ids) - (kept - head) :]
 
-    def _head(self, ids: list[int], prompt: str | list[Message]) -> int:
-        """How many tokens at the beginning stay: BOS, and of a chat all that stands before the first user's words."""
-        if isinstance(prompt, str):
-            return int(ids[0] == self.bos)
-        before = _turns(prompt[:1]) if prompt[0].role == "system" else []
-        texts = [self._template([*before, _turn("user", word)], generate=True) for word in ("0", "x")]
-        return _shared([ids, *(self._begun(self._encode(text)) for text in texts)])
+    def _frame(self, ids: list[int], prompt: str | list[Message]) -> tuple[int, int]:
+        """How many tokens stay at the beginning, and at the end.
 
-    def _tail(self, ids: list[int], prompt: str | list[Message]) -> int:
-        """How many tokens at the end stay: one, or the template's whole call for an answer."""
+        BOS and the last token; of a chat, what the template writes before the first user's words (the system text
+        above all) and after the last ones (the call for an answer): what prompts of other words have in common with it.
+        """
         if isinstance(prompt, str):
-            return 1
-        asked = self._begun(self._encode(self._template(_turns(prompt), generate=False)))
-        return max(1, len(ids) - len(asked)) if ids[: len(asked)] == asked else 1
+            return int(ids[0] == self.bos), 1
+        before = prompt[:1] if prompt[0].role == "system" else []
+        texts = [self._prompt_text([*before, Message(role="user", content=word)]) for word in ("0", "x")]
+        alike = [ids, *(self._begun(self._encode(text)) for text in texts)]
+        return _shared(alike), max(1, _shared([tokens[::-1] for tokens in alike]))
 
     # ------------------------------------------------------------------------------------------- response
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -27,6 +27,7 @@ EXCERPT = 500
 
 # A line that holds nothing but white space; the lookahead leaves its end to be the next line's beginning.
 _BLANK_LINE = re.compile(rb"\n[ \t\r\x0b\x0c]*(?=\n)")
+_BLANK_START = re.compile(rb"[ \t\r\x0b\x0c]*\n")
 _MARK = b"\xef\xbb\xbf"  # byte order mark, which Windows programs write
 
 
@@ -110,15 +111,16 @@ def plan(
     return Plan(chunks, digest(*contents), record - first_record)
 
 
-def _scan(file: File, chunk_bytes: int, content: Any) -> Iterator[_Span]:
+def _scan(file: File, chunk_bytes: int, content: Any) -> Iterable[_Span]:
     """Cut one file, and feed its bytes to the hash `content`."""
     if file.format == "parquet":
         return _scan_parquet(file.path, chunk_bytes, content)
     if file.format == "json":
         return _scan_array(file.path, content)
-    spans = _scan_lines(file.path, chunk_bytes, content)
-    # A compressed stream has no place to start from but its beginning: one chunk.
-    return _joined(spans) if compression(file.path) else spans
+    spans = list(_scan_lines(file.path, chunk_bytes, content))
+    if spans and compression(file.path):  # there is no place to start from but the beginning: one chunk
+        return [(0, spans[-1][1], 1, sum(records for *_, records in spans))]
+    return spans
 
 
 def _scan_lines(path: str, chunk_bytes: int, content: Any) -> Iterator[_Span]:
@@ -127,17 +129,14 @@ def _scan_lines(path: str, chunk_bytes: int, content: Any) -> Iterator[_Span]:
         while block := stream.read(chunk_bytes):
             block += stream.readline()
             content.update(block)
-            fenced = b"\n" + block if block.endswith(b"\n") else b"\n" + block + b"\n"
-            lines = fenced.count(b"\n") - 1
-            yield start, start + len(block), line, lines - len(_BLANK_LINE.findall(fenced))
-            start += len(block)
+            length = len(block)
+            if not block.endswith(b"\n"):
+                block += b"\n"
+            lines = block.count(b"\n")
+            blank = len(_BLANK_LINE.findall(block)) + (_BLANK_START.match(block) is not None)
+            yield start, start + length, line, lines - blank
+            start += length
             line += lines
-
-
-def _joined(spans: Iterator[_Span]) -> Iterator[_Span]:
-    parts = list(spans)
-    if parts:
-        yield 0, parts[-1][1], 1, sum(records for *_, records in parts)
 
 
 def _scan_array(path: str, content: Any) -> Iterator[_Span]:

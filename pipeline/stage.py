@@ -6,6 +6,7 @@ implementation. Items and results are plain dicts; large data goes through files
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -79,6 +80,7 @@ def _on_ray(
 
     if not items:
         return
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # execution plans are no news for a person
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts items, whatever Ray's operators are
     context.execution_options.preserve_order = True

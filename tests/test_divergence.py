@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -102,6 +103,39 @@ def test_a_policy_costs_nothing_against_itself():
     found = sequence_kl(policy, policy, PROMPTS, COMPLETIONS, 1000)
     assert found.exact.abs().max() == 0
     assert found.sampled.abs().max() == 0
+
+
+def test_a_word_that_both_exclude_adds_nothing():
+    """Its term is 0 · (−inf + inf)."""
+    policy, reference = tiny("llama", 0), tiny("llama", 1)
+    before = sequence_kl(policy, reference, PROMPTS, COMPLETIONS, 1000)
+    for model in (policy, reference):
+        model.lm_head.register_forward_hook(
+            lambda _module, _inputs, out: out.index_fill(-1, torch.tensor([0]), -math.inf)
+        )
+    found = sequence_kl(policy, reference, PROMPTS, COMPLETIONS, 1000)
+    assert found.exact.isfinite().all()
+    assert (found.exact[:4] != before.exact[:4]).all()
+
+
+def test_a_forward_that_always_yields_all_logits_gives_the_same():
+    """Models with code of their own need not know `logits_to_keep`."""
+    policy, reference = tiny("llama", 0), tiny("llama", 1)
+    expected = sequence_kl(policy, reference, PROMPTS, COMPLETIONS, 1000)
+    for model in (policy, reference):
+        model.forward = functools.partial(all_logits, model.forward)
+    found = sequence_kl(policy, reference, PROMPTS, COMPLETIONS, 1000)
+    torch.testing.assert_close(found.exact, expected.exact)
+
+
+def all_logits(forward, input_ids, attention_mask, position_ids, past_key_values=None, use_cache=None):
+    return forward(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        use_cache=use_cache,
+    )
 
 
 def test_different_vocabularies_are_refused():

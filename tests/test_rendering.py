@@ -168,6 +168,10 @@ def test_a_cut_chat_keeps_system_text_and_the_call_for_an_answer():
     assert text.startswith("<|im_start|>system\nsystem: be brief<|im_end|>\n<|im_start|>user\n word")
     assert text.endswith("word <|im_end|>\n<|im_start|>assistant\n")
     assert len(rendered.prompt_ids) == 40 - 2
+    squeezed = renderer(Demonstration(prompt=chat("system: be brief", "word " * 60), response="yes " * 60))
+    kept = "<|im_start|>system\nsystem: be brief<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
+    assert text_of(tokenizer, squeezed.prompt_ids) == kept
+    assert squeezed.responses_cut == 1
     assert [text_of(tokenizer, ids) for ids in rendered.response_ids] == ["yes<|im_end|>", "no<|im_end|>"]
 
 
@@ -228,6 +232,13 @@ def test_eos_is_written_once_wherever_it_comes_from():
     assert [ids.count(1) for ids in Renderer(byte_level(), config(append_eos=False))(plain).response_ids] == [1, 0]
 
 
+def test_a_response_without_tokens_is_refused():
+    tokenizer = smollm2()
+    assert tokenizer("\x04")["input_ids"] == []
+    with pytest.raises(ValueError, match=r"^empty response: the tokenizer makes no token of it$"):
+        Renderer(tokenizer, config())(Demonstration(prompt="p", response="\x04"))
+
+
 def test_an_end_inside_a_response_is_refused():
     for record in (
         PreferencePair(prompt="hi", chosen="a</s>b", rejected="b"),
@@ -247,18 +258,19 @@ def test_templates_that_strip_keep_prompt_and_words():
     assert text_of(tokenizer, rendered.response_ids[0]) == "the cat sat</s>"
 
 
-def test_templates_that_rewrite_earlier_turns_fall_back_to_the_words_alone():
-    # The reasoning is dropped as soon as the answer is history; the call for an answer opens it.
+@pytest.mark.parametrize("opening", ["<think>\n", ""])
+def test_templates_that_rewrite_earlier_turns_fall_back_to_the_words_alone(opening):
+    # The reasoning is dropped as soon as the answer is history; the call for an answer may open it.
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n" + opening + "{% endif %}"
     )
     tokenizer = byte_level(template)
     renderer = Renderer(tokenizer, config())
     record = PreferencePair(prompt=chat("hi"), chosen="it is</think>Yes", rejected="No")
     rendered = renderer(record)
     assert rendered.prompt_ids == renderer.prompt_ids(record.prompt)
-    assert text_of(tokenizer, rendered.prompt_ids).endswith("<|im_start|>assistant\n<think>\n")
+    assert text_of(tokenizer, rendered.prompt_ids).endswith("<|im_start|>assistant\n" + opening)
     texts = [text_of(tokenizer, ids) for ids in rendered.response_ids]
     assert texts == ["it is</think>Yes<|im_end|>", "No<|im_end|>"]
 

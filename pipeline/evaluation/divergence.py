@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -96,7 +97,7 @@ def _logits(model: torch.nn.Module, batch: _Batch, width: int) -> Iterator[Tenso
     total, cache = batch.input_ids.shape[1], None
     # The last column predicts nothing. The prompts are one piece, of which the last column alone is wanted.
     edges = [0, *range(batch.prompt_width, total - 1, width), total - 1]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         out = model(
             input_ids=batch.input_ids[:, start:stop],
             attention_mask=batch.mask[:, :stop],

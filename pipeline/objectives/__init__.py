@@ -7,14 +7,24 @@ import importlib
 from pipeline.contracts import Objective
 from pipeline.objectives.dpo import Dpo
 from pipeline.objectives.f_dpo import FDpo
+from pipeline.objectives.ipo import Ipo
+from pipeline.objectives.orpo import Orpo
 from pipeline.objectives.plackett_luce import PlackettLuce
+from pipeline.objectives.rejection_sft import RejectionSft
 from pipeline.objectives.sft import Sft
+from pipeline.objectives.simpo import SimPo
+from pipeline.objectives.unlikelihood import Unlikelihood
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "sft": Sft,
     "dpo": Dpo,
     "f_dpo": FDpo,
     "plackett_luce": PlackettLuce,
+    "ipo": Ipo,
+    "simpo": SimPo,
+    "orpo": Orpo,
+    "unlikelihood": Unlikelihood,
+    "rejection_sft": RejectionSft,
 }
 
 

@@ -1,0 +1,105 @@
+"""The README's commands run as they stand there (but for a tiny model), and its file tree is true."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def commands() -> list[str]:
+    """Lines of the README's bash blocks, without comments."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_the_two_commands_are_the_makefiles() -> None:
+    assert commands()[:2] == ["make demo", "make test"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert re.search(
+        r"^demo:.*\n\t\$\(BIN\)/python -m jobs\.demo jobs/configs/demo\.yaml", makefile, flags=re.MULTILINE
+    )
+    assert re.search(r"^test:", makefile, flags=re.MULTILINE)
+
+
+def test_every_job_command_runs(tiny_model: Path, tmp_path: Path) -> None:
+    seen = []
+    for command in commands():
+        if not command.startswith(".venv/bin/qalign "):
+            continue
+        arguments = shlex.split(command)[1:]
+        seen.append(arguments[0])
+        arguments = [a.replace("outputs/exported", str(tmp_path / "exported")) for a in arguments]
+        arguments += [
+            f"model.path={tiny_model}",
+            f"storage={tmp_path / 'outputs'}",
+            "model.dtype=float32",
+            "data.max_length=512",
+        ]
+        done = subprocess.run(
+            [sys.executable, "-c", "import sys; from jobs.cli import main; sys.exit(main())", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    assert seen == ["train", "train", "prepare", "train", "eval", "decode", "export"]
+    assert (tmp_path / "exported" / "model.safetensors").is_file()
+    assert len(list((tmp_path / "outputs" / "runs").iterdir())) == 1  # all of them spoke of the same run
+
+
+def test_the_file_tree_names_every_module() -> None:
+    tree = README[README.index("pipeline/\n") : README.index("## How to add an objective")]
+    for path in sorted((ROOT / "pipeline").glob("*.py")):
+        if path.name != "__init__.py":
+            assert re.search(rf"\b{re.escape(path.name)}\s", tree), f"README's file tree lacks {path.name}"
+    for name in re.findall(r"(\w+\.py)\s", tree):
+        assert (ROOT / "pipeline" / name).is_file(), f"README's file tree names {name}, which is gone"
+    for name in re.findall(r"^(\w+)/", tree, flags=re.MULTILINE):
+        assert (ROOT / name).is_dir()
+
+
+def test_keys_named_in_the_readme_exist() -> None:
+    from pipeline.config import describe
+
+    known = describe()
+    for section, key in re.findall(r"`?(data|model|train|optimizer|checkpoint|sampling|scaling)\.([a-z_]+)", README):
+        if f"pipeline/{section}" not in README or key != "py":
+            assert f"{section}.{key} =" in known or f"[{section}.{key}]" in known or key == "py", f"{section}.{key}"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_demo_runs_end_to_end_in_a_small_size(tmp_path: Path) -> None:
+    """`make demo`'s own command with the real model, a few prompts and one step."""
+    pytest.importorskip("vaderSentiment")
+    arguments = [
+        "--prompts",
+        "12",
+        "--held-out",
+        "6",
+        "train.max_steps=1",
+        f"storage={tmp_path}",
+        "sampling.max_new_tokens=16",
+    ]
+    command = [sys.executable, "-m", "jobs.demo", "jobs/configs/demo.yaml", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = done.stdout
+    before, after = re.search(r"reward.*?(-?\d\.\d+) ± .*?(-?\d\.\d+) ±", table).groups()
+    assert before != after  # the policy moved
+    kl_before, kl_after = re.search(r"KL\(π‖π_ref\).*?(\d\.\d+) ± .*?(\d\.\d+) ±", table).groups()
+    assert float(kl_before) == 0.0 < float(kl_after)
+    model = Path(re.search(r"^model +(\S+)", table, flags=re.MULTILINE).group(1))
+    assert (model / "model.safetensors").is_file()
+    assert (tmp_path / "mlflow.db").is_file()
