@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from pipeline.durable import digest_file, discard, flush, write_json
+from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ LEASE_SECONDS = 15.0
 _NAME = re.compile(r"step-\d{8,}")
 
 
-class Superseded(RuntimeError):
+class Superseded(UserError, RuntimeError):
     """This attempt may not commit: a newer one has begun, or its driver is gone."""
 
 
@@ -246,7 +247,8 @@ class Attempt:
 class Lease:
     """A driver's sign of life: a context that touches `<run>/lease` every `interval` seconds from a thread.
 
-    On leaving, the lease expires at once but stays: workers that are still alive then may not go on committing.
+    On leaving, the lease expires at once but stays: workers that are still alive then may not go on committing. Entering
+    raises Superseded when another driver is renewing the lease: two drivers would only take the run from each other.
     """
 
     def __init__(self, run: Path, interval: float = 1.0) -> None:
@@ -256,6 +258,8 @@ class Lease:
 
     def __enter__(self) -> Lease:
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        if _lease_age(self._path.parent) < LEASE_SECONDS:
+            self._refuse_company()
         self._path.touch()
         self._thread.start()
         return self
@@ -264,6 +268,17 @@ class Lease:
         self._stop.set()
         self._thread.join()
         os.utime(self._path, (0, 0))
+
+    def _refuse_company(self) -> None:
+        """The lease was renewed a moment ago: by a driver that lives (it will be again), or by one that was killed."""
+        seen = self._path.stat().st_mtime_ns
+        until = time.monotonic() + 5 * self._interval
+        while time.monotonic() < until:
+            if self._path.stat().st_mtime_ns != seen:
+                raise Superseded(
+                    f"{self._path.parent}: another driver is training this run; wait for it or stop it first"
+                )
+            time.sleep(self._interval / 5)
 
     def _renew(self) -> None:
         while not self._stop.wait(self._interval):

@@ -6,18 +6,27 @@ mirrors their progress, exports the result. All state is in files: the same call
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline import checkpoint, cluster, data, reference
 from pipeline.config import ConfigError, RunConfig, digest
+from pipeline.errors import UserError
 from pipeline.export import EXPORT, RUN_FILE, export
 from pipeline.loop import Job, Plan, train_worker
 from pipeline.pretrained import fingerprint, locate, precision
 from pipeline.progress import METRICS_FILE, Monitor, read_metrics
 from pipeline.rows import Rows, write_json
 from pipeline.tracking import Tracker, start, tracking_uri
+
+ERROR_FILE = "error.json"
+
+
+class TrainingFailed(UserError):
+    """What a worker said, when starting it again cannot help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,14 +164,15 @@ def _train(config: RunConfig, prepared: Prepared, run: Path, tracker: Tracker, l
 
 def _train_on_ray(job: Job) -> None:
     """The workers as a Ray Train group; Ray starts them again after a failure, they continue from the last checkpoint."""
-    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     scaling = job.config.scaling
     resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": scaling.gpus_per_worker} if scaling.gpus_per_worker else {})
+    (job.run / ERROR_FILE).unlink(missing_ok=True)
     trainer = TorchTrainer(
-        train_worker,
+        _worker,
         train_loop_config=job.plain(),
         scaling_config=ScalingConfig(
             num_workers=scaling.workers, use_gpu=scaling.gpus_per_worker > 0, resources_per_worker=resources
@@ -174,4 +184,26 @@ def _train_on_ray(job: Job) -> None:
             failure_config=FailureConfig(max_failures=scaling.max_failures),
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        if not (job.run / ERROR_FILE).is_file():
+            reason = str(error).strip().splitlines()[-1]
+            raise TrainingFailed(f"workers failed {scaling.max_failures + 1} times; the last time: {reason}") from error
+    if (job.run / ERROR_FILE).is_file():
+        raise TrainingFailed(json.loads((job.run / ERROR_FILE).read_text())) from None
+
+
+def _worker(plain: dict[str, Any]) -> None:
+    """`train_worker` under Ray Train, which would start workers again after any error.
+
+    An error that a person has to mend is left in a file instead: the next start sees it and ends at once, on all ranks.
+    """
+    note = Path(plain["run"]) / ERROR_FILE
+    if note.is_file():
+        return
+    try:
+        train_worker(plain)
+    except UserError as error:
+        write_json(note, str(error))
+        raise

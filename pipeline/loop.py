@@ -58,13 +58,21 @@ def train_step(engine: Engine, objective: Objective, batches: Sequence[Batch], l
         sums.add(result.metrics | batch_metrics(objective, out, batch))
     metrics = sums.reduce()
     if not np.isfinite(metrics["loss"]):
-        rows = [int(r) for b in batches for r in b.row_ids]
-        raise Diverged(
-            f"the loss is {metrics['loss']}; rows of this rank: {rows}. Lower optimizer.lr or check these rows"
-        )
-    metrics["grad_norm"] = engine.step(lr)
+        raise _diverged(f"the loss is {metrics['loss']}", batches)
+    try:
+        metrics["grad_norm"] = engine.step(lr)
+    except FloatingPointError as error:
+        raise _diverged(str(error).partition(";")[0], batches) from None
     metrics["lr"] = lr
     return metrics
+
+
+def _diverged(what: str, batches: Sequence[Batch]) -> Diverged:
+    """The error with the step's rows, those of all ranks; every rank comes here."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, [int(row) for batch in batches for row in batch.row_ids])
+    rows = sorted({row for own in gathered for row in own})
+    return Diverged(f"{what}; lower optimizer.lr or check the rows with these row ids: {rows}")
 
 
 def _step_weights(objective: Objective, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:

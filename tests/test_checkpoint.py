@@ -274,12 +274,12 @@ def test_an_attempt_without_a_lease_answers_to_no_driver(run: Path) -> None:
 
 def test_prune_keeps_the_newest_and_the_best(run: Path) -> None:
     attempt = Attempt.begin(run)
-    for step in (1, 2, 3, 100_000_000, 5):
+    for step in (1, 2, 3, 100_000_000, 20_000_000):
         save(attempt, step)
     checkpoint.prune(run, 2, checkpoint.path_of(run, 2))
-    assert [path.name for path in checkpoint.saved(run)] == ["step-00000002", "step-00000005", "step-100000000"]
-    checkpoint.prune(run, 2, checkpoint.path_of(run, 5))
-    assert [path.name for path in checkpoint.saved(run)] == ["step-00000005", "step-100000000"]
+    assert [path.name for path in checkpoint.saved(run)] == ["step-00000002", "step-20000000", "step-100000000"]
+    checkpoint.prune(run, 2, checkpoint.path_of(run, 20_000_000))
+    assert [path.name for path in checkpoint.saved(run)] == ["step-20000000", "step-100000000"]
     checkpoint.prune(run, 1)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-100000000"]
     assert load_file(checkpoint.saved(run)[0] / "weights-00001-of-00002.safetensors")["a"].shape == (2, 3)

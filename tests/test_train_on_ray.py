@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from pipeline import checkpoint
-from pipeline.driver import fit
+from pipeline.driver import TrainingFailed, fit
 from pipeline.progress import METRICS_FILE, read_metrics
 
 pytestmark = pytest.mark.ray
@@ -70,7 +70,7 @@ def test_two_workers_equal_one_process_and_survive_a_killed_worker(
 DRIVER = """
 import sys
 from pipeline.config import load
-from pipeline.driver import fit
+from pipeline.driver import TrainingFailed, fit
 fit(load(sys.argv[1], sys.argv[2:]))
 """
 
@@ -110,3 +110,13 @@ def test_a_killed_driver_is_continued_by_the_same_command_bit_for_bit(make_confi
     assert (run / "export").is_dir()
     for name, tensor in weights(expected).items():
         assert torch.equal(tensor, weights(run)[name]), name
+
+
+def test_an_error_that_a_person_must_mend_ends_the_run_in_one_line(make_config, ray_cluster) -> None:
+    """A learning rate that makes the loss overflow: no endless restarts, the good checkpoint stays."""
+    config = make_config("optimizer.lr=1e30", "optimizer.clip=null", "scaling.workers=2", "checkpoint.every=1")
+    with pytest.raises(
+        TrainingFailed,
+        match=r"^step \d+: the (loss|gradient's norm) is (nan|inf|-inf); lower optimizer\.lr .*row ids: \[\d+",
+    ):
+        fit(config)
