@@ -13,11 +13,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from hypothesis import settings
+
+settings.register_profile("qalign", deadline=None, derandomize=True)  # a busy machine and chance fail no test
+settings.load_profile("qalign")
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Drills run only when asked for: `-m slow`, or by their own name."""
+    if "slow" in config.option.markexpr or any("::" in argument for argument in config.args):
+        return
+    drills = [item for item in items if item.get_closest_marker("slow")]
+    items[:] = [item for item in items if item not in set(drills)]
+    config.hook.pytest_deselected(items=drills)
 
 
 @pytest.fixture(autouse=True)

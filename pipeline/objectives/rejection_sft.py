@@ -23,6 +23,7 @@ class RejectionSft(Objective):
     Rows hold responses best first and no scores, so "good" is a bound on the rank: the best `keep_fraction` of a
     prompt's responses. Of a pair that is the chosen one, as in `sft`; of rankings `sft` takes the single best. For a
     bound on the score drop what is below it from the data. A prompt counts by its tokens that are kept.
+    The reward is log π, lower for longer responses: accuracy and margins say little where lengths differ.
     Own metric: `kept`, responses trained on per prompt.
     """
 

@@ -22,7 +22,8 @@ class Unlikelihood(Objective):
     The paper gives it in words; this is the reading that both of its halves, "maximise" and "minimise the probability",
     share. Token-level unlikelihood, −log(1 − π(y_t)) (arXiv 1908.04319), is something else. The loss has no lower
     bound: a response that is rejected more than 1/α times as often as it is chosen is pushed down without end, and the
-    text degenerates with it. Small α, few steps; it is here to be compared with.
+    text degenerates with it. Small α, few steps; it is here to be compared with. The reward is log π, lower for longer
+    responses: accuracy and margins say little where lengths differ.
     Own metric: `nll`, cross-entropy of the chosen response in nats per token.
     """
 

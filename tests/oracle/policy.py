@@ -62,7 +62,7 @@ def loss_of(objective: Objective, out: PolicyOut, batch: Batch, only: str | None
 def fit(
     mdp: TokenMdp, objective: Objective, batch: Batch, *, only: str | None = None, rounds: int = 40
 ) -> TabularPolicy:
-    """Train from the reference until L-BFGS moves no more, or for `rounds` of 20 iterations."""
+    """Train from the reference until the loss falls no more, in at most `rounds` of 20 L-BFGS iterations."""
     policy = TabularPolicy(mdp)
     optimizer = torch.optim.LBFGS(
         [policy.logits],
@@ -79,9 +79,10 @@ def fit(
         loss.backward()
         return loss
 
+    before = float("inf")
     for _ in range(rounds):
-        before = policy.logits.detach().clone()
-        optimizer.step(closure)
-        if (policy.logits.detach() - before).abs().max() < 1e-8:
+        loss = optimizer.step(closure).item()  # at the round's start
+        if before - loss < 1e-15 * abs(loss):
             break
+        before = loss
     return policy
