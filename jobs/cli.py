@@ -36,12 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The `qalign` command."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["schema"]:
-        from pipeline.config import json_schema
+        from pipeline.config_file import json_schema
 
         print(json.dumps(json_schema(), indent=1))
         return 0
     if argv[:1] == ["keys"]:
-        from pipeline.config import describe
+        from pipeline.config_file import describe
 
         print(describe())
         return 0
@@ -78,7 +78,7 @@ def run_job(job: ModuleType, argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-    from pipeline.config import load
+    from pipeline.config_file import load
     from pipeline.errors import UserError
 
     try:

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from pipeline import checkpoint
-from pipeline.config import ConfigError, RunConfig, validate
+from pipeline.config import ConfigError, RunConfig
+from pipeline.config_file import validate
 from pipeline.model import Policy
 from pipeline.pretrained import load_causal_lm, load_tokenizer, locate
 

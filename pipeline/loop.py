@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 from pipeline import checkpoint
 from pipeline.collate import collate
-from pipeline.config import RunConfig, validate
+from pipeline.config import RunConfig
+from pipeline.config_file import validate
 from pipeline.contracts import Batch, Mean, Objective
 from pipeline.distributed import agree, process_group
 from pipeline.engine import Engine, lr_at

@@ -137,7 +137,7 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make_config(tiny_model: Path, pairs_file: Path, tmp_path: Path) -> Callable[..., object]:
     """make_config("train.epochs=2", …) → a RunConfig of a tiny DPO run in a folder of its own."""
-    from pipeline.config import load
+    from pipeline.config_file import load
 
     def make(*overrides: str):
         base = {

@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
-from pipeline.config import load
+from pipeline.config_file import load
 
 ROOT = Path(__file__).parents[1]
 

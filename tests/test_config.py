@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.config import ConfigError, RunConfig, digest, json_schema, load, validate
+from pipeline.config import ConfigError, RunConfig, digest
+from pipeline.config_file import json_schema, load, validate
 from pipeline.objectives import OBJECTIVES
 from pipeline.objectives.dpo import Dpo
 

@@ -9,7 +9,8 @@ import jsonschema
 import pytest
 from omegaconf import OmegaConf
 
-from pipeline.config import RunConfig, json_schema, load, validate
+from pipeline.config import RunConfig
+from pipeline.config_file import json_schema, load, validate
 from pipeline.layouts import parse
 from pipeline.objectives import OBJECTIVES
 

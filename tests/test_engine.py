@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline import checkpoint, engine, ops
-from pipeline.config import ConfigError, OptimizerConfig, RunConfig, validate
+from pipeline.config import ConfigError, OptimizerConfig, RunConfig
+from pipeline.config_file import validate
 
 VOCABULARY, WIDTH, ROWS, TOKENS, STEPS, SAVED = 65, 32, 4, 12, 4, 2
 SCALE = ROWS * (TOKENS - 1)

@@ -211,6 +211,30 @@ def test_rejection_sft_worked():
     assert RejectionSft().token_reward(out, batch)[0, 3].tolist() == [-7.0, -7.0]
 
 
+@pytest.mark.parametrize("objective", [Dpo(nll_weight=0.5), Orpo(), Unlikelihood()])
+def test_nll_is_a_mean_over_the_chosen_tokens(objective):
+    """(1 · (1 + 2 + 3) + 2 · 6) nats over 1 · 3 + 2 · 1 tokens, as metric and as term; rejected ones have no say."""
+    batch = make_batch([[3, 2], [1, 4]], weight=[1, 2])
+    raw = torch.full(batch.response_mask.shape, -9.0)
+    raw[0, 0, :3], raw[1, 0, 0] = torch.tensor([-1.0, -2.0, -3.0]), -6.0
+    loss = objective(as_out(raw, batch), batch)
+    assert loss.metrics["nll"].total.item() == pytest.approx(18.0)
+    assert loss.metrics["nll"].weight.item() == 5.0
+    if "nll" in loss.terms:
+        assert loss.terms["nll"].total.item() == pytest.approx(18.0)
+        assert objective.weight(batch)["nll"].item() == 5.0
+
+
+def test_defaults_are_the_published_ones():
+    """β 0.1 as in the DPO and IPO code; SimPO's 2 with γ/β = 1/2; ORPO's λ 0.1."""
+    for objective in (Dpo, FDpo, PlackettLuce, Ipo):
+        assert objective().beta == 0.1
+    assert (SimPo().beta, SimPo().gamma) == (2.0, 1.0)
+    assert (Orpo().odds_weight, Unlikelihood().alpha, RejectionSft().keep_fraction) == (0.1, 0.1, 0.5)
+    assert not Ipo().length_normalised
+    assert (FDpo().divergence, FDpo().alpha) == ("reverse_kl", 0.5)
+
+
 # ---------------------------------------------------------------------------------------------- identities
 
 
@@ -422,6 +446,25 @@ class TestContract:
         (grad,) = torch.autograd.grad(total, raw)
         assert total.item() == 0
         assert torch.equal(grad, torch.zeros_like(raw))
+
+    def test_a_row_without_any_token_changes_nothing(self, objective, kind):
+        batch = make_batch(LENGTHS[kind], weight=[1, 2, 0, 1])
+        filled = torch.tensor([True, True, False, True])
+        empty = replace(
+            batch,
+            response_mask=batch.response_mask & filled[:, None, None],
+            valid=batch.valid & filled[:, None],
+            ref_logprobs=batch.ref_logprobs * filled[:, None, None],
+        )
+        raw = make_logprobs(batch)
+        (grad,) = torch.autograd.grad(loss_of(objective, as_out(raw, empty), empty), raw)
+        kept = rows_of(batch, [0, 1, 3])
+        kept_raw = raw.detach()[filled].requires_grad_()
+        (kept_grad,) = torch.autograd.grad(loss_of(objective, as_out(kept_raw, kept), kept), kept_raw)
+        torch.testing.assert_close(grad[filled], kept_grad)
+        assert torch.equal(grad[2], torch.zeros_like(grad[2]))
+        for name, mean in objective(as_out(raw, empty), empty).metrics.items():
+            torch.testing.assert_close(mean.total, objective(as_out(kept_raw, kept), kept).metrics[name].total)
 
     def test_gradient_flows_and_only_where_trained(self, objective, kind):
         batch = make_batch(LENGTHS[kind], responses=5, tokens=8)

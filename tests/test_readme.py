@@ -79,7 +79,7 @@ def test_the_file_tree_names_every_module() -> None:
 
 
 def test_keys_named_in_the_readme_exist() -> None:
-    from pipeline.config import describe
+    from pipeline.config_file import describe
 
     known = describe()
     for section, key in re.findall(r"`?(data|model|train|optimizer|checkpoint|sampling|scaling)\.([a-z_]+)", README):

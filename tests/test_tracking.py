@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.backlog import Backlog
-from pipeline.config import ConfigError, RunConfig, validate
+from pipeline.config import ConfigError, RunConfig
+from pipeline.config_file import validate
 from pipeline.mlflow_run import STATE_FILE, MlflowTracker, flatten
 from pipeline.tracking import Tracker, start, tracking_uri
 

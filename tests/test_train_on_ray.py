@@ -69,7 +69,7 @@ def test_two_workers_equal_one_process_and_survive_a_killed_worker(
 
 DRIVER = """
 import sys
-from pipeline.config import load
+from pipeline.config_file import load
 from pipeline.driver import TrainingFailed, fit
 fit(load(sys.argv[1], sys.argv[2:]))
 """

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from pipeline.collate import collate
-from pipeline.config import RunConfig, validate
+from pipeline.config import RunConfig
+from pipeline.config_file import validate
 from pipeline.contracts import Batch, Mean, Objective, PolicyOut
 from pipeline.metrics import Sums, batch_metrics
 from pipeline.model import load_policy
