@@ -47,8 +47,10 @@ def describe(result) -> str:
 
 
 def chosen_falls(metrics: dict[str, float]) -> bool:
-    """Whether the run shows the effect that `FALLING` explains: rewards start at 0, so signs tell."""
-    return metrics.get("reward/chosen", 0.0) < 0.0 < metrics.get("reward/margin", 0.0)
+    """Whether the run shows the effect that `FALLING` explains: rewards start at 0, so signs tell. Held-out rows first:
+    one training step alone is noisy."""
+    prefix = "eval/" if "eval/reward/chosen" in metrics else ""
+    return metrics.get(f"{prefix}reward/chosen", 0.0) < 0.0 < metrics.get(f"{prefix}reward/margin", 0.0)
 
 
 if __name__ == "__main__":

@@ -32,5 +32,7 @@ def connect(config: RunConfig) -> None:
             f"scaling.workers: {config.scaling.workers} workers of {config.scaling.cpus_per_worker:g} CPUs do not fit this "
             f"machine's {cpus}; lower scaling.workers or scaling.cpus_per_worker, or submit to a cluster"
         )
+    # Ray's C++ side warns on our terminal of things that only its own log files are for.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # Workers' prints stay in Ray's log files: what a person should know comes through the run's log (see `progress`).
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)

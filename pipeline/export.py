@@ -19,10 +19,7 @@ def export(config: RunConfig, folder: Path, model: str, target: Path) -> Path:
     """Write the weights of checkpoint `folder` (trained from `model`) to `target` as safetensors; adapters are merged."""
     lm = load_causal_lm(model, torch.float32, config.model.attention, config.model.trust_remote_code)
     policy = Policy(lm, config.model.lora)
-    parameters = dict(policy.named_parameters())
-    with torch.no_grad():
-        for name, tensor in checkpoint.read_weights(folder):
-            parameters[name].copy_(tensor)
+    checkpoint.load_into({name: p for name, p in policy.named_parameters() if p.requires_grad}, folder)
     lm = policy.merged().to(getattr(torch, config.checkpoint.export_dtype))
     aside = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)

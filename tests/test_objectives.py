@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import config
+from pipeline import config_file
+from pipeline.config import ConfigError
 from pipeline.contracts import Batch, LossOut, Mean, Needs, Objective, PolicyOut, Term
 from pipeline.objectives import OBJECTIVES, resolve
 from pipeline.objectives.dpo import Dpo, dpo_loss
@@ -535,20 +536,20 @@ def _plain(name: str, **parameters: object) -> dict:
 
 def test_own_objective_loads_by_dotted_path():
     name = f"{__name__}:Hinge"
-    loaded = config.validate(_plain(name, margin=2.0))
+    loaded = config_file.validate(_plain(name, margin=2.0))
     assert loaded.objective == Hinge(margin=2.0)
     assert loaded.objective_name == name
-    assert config.validate(loaded.dump()) == loaded
+    assert config_file.validate(loaded.dump()) == loaded
     batch, raw = with_ratios([[0.5, 0.25]])
     assert loss_of(loaded.objective, as_out(raw, batch), batch).item() == pytest.approx(1.75)
 
 
 def test_own_objective_needs_one_class_and_one_registry_line(monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "hinge", Hinge)
-    loaded = config.validate(_plain("hinge"))
+    loaded = config_file.validate(_plain("hinge"))
     assert loaded.objective == Hinge()
     assert loaded.dump()["objective"] == {"name": "hinge", "margin": 1.0}
-    branches = config.json_schema()["properties"]["objective"]["anyOf"]
+    branches = config_file.json_schema()["properties"]["objective"]["anyOf"]
     assert any(branch["properties"]["name"].get("const") == "hinge" for branch in branches)
 
 
@@ -562,7 +563,7 @@ def test_own_objective_needs_one_class_and_one_registry_line(monkeypatch):
     ],
 )
 def test_unknown_objectives_are_refused_in_one_line(name, cause):
-    with pytest.raises(config.ConfigError, match=r"^objective: name: ") as error:
-        config.validate(_plain(name))
+    with pytest.raises(ConfigError, match=r"^objective: name: ") as error:
+        config_file.validate(_plain(name))
     assert cause in str(error.value)
     assert "\n" not in str(error.value)
