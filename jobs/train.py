@@ -12,7 +12,7 @@ HELP = "Prepare data, train the objective, export the model, track in MLflow. Ru
 FALLING = (
     "The chosen reward fell while the margin grew. That is expected when the reference was trained on the chosen responses: "
     "E_ref[β log π/π_ref] = −β·KL(π_ref‖π) ≤ 0, so probability leaves the data, less of it from the chosen side. "
-    "If it worries you, add likelihood: objective.nll_weight=0.1."
+    "If it worries you, add likelihood (for DPO: objective.nll_weight=0.1)."
 )
 
 
@@ -31,14 +31,17 @@ def run(config: RunConfig, options: argparse.Namespace) -> None:
     result = fit(config, options.local)
     if result.already_finished:
         print("this run is already finished; change the configuration for another, or delete its folder to repeat it")
-    print(describe(result))
+    print(describe(result, explained=config.objective.needs.reference != "none"))
 
 
-def describe(result) -> str:
-    """The end of a run, for people: the numbers, where everything is, what to do next."""
+def describe(result, explained: bool) -> str:
+    """The end of a run, for people: the numbers, where everything is, what to do next.
+
+    explained: rewards are log-ratios to a reference, so that `FALLING` is about them.
+    """
     shown = ("loss", "reward/margin", "accuracy", "eval/loss", "eval/reward/margin", "eval/accuracy")
     lines = [f"{name:18} {result.metrics[name]:.4f}" for name in shown if name in result.metrics]
-    if chosen_falls(result.metrics):
+    if explained and chosen_falls(result.metrics):
         lines.append(FALLING)
     lines += [f"run                {result.run}", f"model              {result.export}"]
     if result.tracking:

@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Iterable
 from itertools import chain
@@ -34,11 +35,15 @@ from pipeline import checkpoint
 from pipeline.config import ConfigError, OptimizerConfig, RunConfig
 from pipeline.pretrained import precision
 
+logger = logging.getLogger(__name__)
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PERSISTENT_NUMEL = 100_000
 """ZeRO-3 keeps parameters below this size gathered between uses: partitioning them costs more time than it saves memory."""
 BUCKET_NUMEL = 200_000_000
 """Gradient elements reduced at a time, at most."""
+BUILD_SECONDS = 900
+"""No build of DeepSpeed's CPU Adam takes longer; a lock that is older guards nothing."""
 PART_BYTES = 2**29
 """Weights in one checkpoint file, about: what a rank holds beside its own state while saving (with moments, three times)."""
 
@@ -243,6 +248,7 @@ def _adamw(parameters: Iterable[nn.Parameter], config: RunConfig) -> torch.optim
     groups = [{"params": members, "weight_decay": decay} for members, decay in decays if members]
     if config.scaling.offload_optimizer:
         check_offload()
+        _drop_stale_build_lock()
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, lr=0.0, betas=settings.betas, eps=settings.eps, adamw_mode=True)
@@ -254,6 +260,16 @@ def _step_count(optimizer: torch.optim.Optimizer, master: Tensor, steps: int) ->
     if isinstance(optimizer, torch.optim.AdamW):
         return torch.tensor(float(steps), device=master.device)
     return steps  # DeepSpeedCPUAdam
+
+
+def _drop_stale_build_lock() -> None:
+    """A build that was killed leaves its lock behind, and every later build waits for it without end."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root())).glob("**/cpu_adam/lock"):
+        if time.time() - lock.stat().st_mtime > BUILD_SECONDS:
+            logger.warning("%s: left by a build that was killed; removed", lock)
+            lock.unlink(missing_ok=True)
 
 
 def _settings(config: RunConfig, bf16: bool, device: torch.device, numel: int) -> dict[str, Any]:

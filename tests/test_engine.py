@@ -9,6 +9,8 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
+import time
 import weakref
 from collections.abc import Iterator
 from multiprocessing import forkserver
@@ -424,3 +426,17 @@ def test_offloaded_optimizer(stage: int, dtype: str, alone: Path) -> None:
     assert_equal(result, train(settings, resume=folder, start=SAVED, seed=9))
     expected = train(config(stage, dtype))
     assert result["losses"] == pytest.approx(expected["losses"], abs=1e-5 if dtype == "float32" else 2e-3)
+
+
+def test_a_lock_that_a_killed_build_left_does_not_block_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    engine._drop_stale_build_lock()
+    assert lock.exists()  # somebody may be building now
+    os.utime(lock, (time.time() - engine.BUILD_SECONDS - 1,) * 2)
+    engine._drop_stale_build_lock()
+    assert not lock.exists()

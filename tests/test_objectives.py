@@ -157,6 +157,7 @@ def test_orpo_worked():
     assert loss_of(Orpo(odds_weight=0.5), out, batch).item() == pytest.approx(expected, abs=1e-6)
     torch.testing.assert_close(Orpo().implied_reward(out, batch), torch.tensor([[math.log(3), math.log(0.5)]]))
     torch.testing.assert_close(Orpo().token_reward(out, batch)[0, 0], chosen.repeat(2) / 2)
+    torch.testing.assert_close(Orpo().token_reward(out, batch)[0, 1, :1], rejected)
     assert Orpo()(out, batch).metrics["nll"].total.item() == pytest.approx(-2 * math.log(0.75), abs=1e-6)
 
 
@@ -195,6 +196,7 @@ def test_rejection_keeps_the_better_part_and_always_one():
     assert best_of(valid, 0.5).sum(-1).tolist() == [1, 1, 1, 2, 2]
     assert best_of(valid, 0.25).sum(-1).tolist() == [1, 1, 1, 1, 1]
     assert torch.equal(best_of(valid, 1.0), valid)
+    assert not best_of(torch.zeros(1, 3, dtype=torch.bool), 0.5).any(), "a filler has nothing to keep"
     assert best_of(torch.ones(1, 10, dtype=torch.bool), 0.7).tolist() == [[True] * 7 + [False] * 3]
 
 
@@ -278,6 +280,7 @@ def test_alpha_divergence_runs_from_reverse_to_forward_kl():
     tiny = 1e-6
     torch.testing.assert_close(f_score(ratio, "alpha", tiny) + 1 / tiny, ratio, atol=2e-5, rtol=0)
     torch.testing.assert_close(f_score(ratio, "alpha", 1.0), f_score(ratio, "forward_kl"))
+    torch.testing.assert_close(f_score(ratio, "alpha"), f_score(ratio, "alpha", 0.5))
     torch.testing.assert_close(f_score(ratio, "alpha", 1 - tiny), f_score(ratio, "forward_kl"), rtol=1e-5, atol=0)
 
 
@@ -458,11 +461,16 @@ class TestContract:
             ref_logprobs=batch.ref_logprobs * filled[:, None, None],
         )
         raw = make_logprobs(batch)
-        (grad,) = torch.autograd.grad(loss_of(objective, as_out(raw, empty), empty), raw)
+        loss = loss_of(objective, as_out(raw, empty), empty)
+        (grad,) = torch.autograd.grad(loss, raw)
         kept = rows_of(batch, [0, 1, 3])
         kept_raw = raw.detach()[filled].requires_grad_()
-        (kept_grad,) = torch.autograd.grad(loss_of(objective, as_out(kept_raw, kept), kept), kept_raw)
+        kept_loss = loss_of(objective, as_out(kept_raw, kept), kept)
+        (kept_grad,) = torch.autograd.grad(kept_loss, kept_raw)
+        torch.testing.assert_close(loss, kept_loss)
         torch.testing.assert_close(grad[filled], kept_grad)
+        assert objective.implied_reward(as_out(raw, empty), empty).isfinite().all()
+        assert (objective.token_reward(as_out(raw, empty), empty)[2] == 0).all()
         assert torch.equal(grad[2], torch.zeros_like(grad[2]))
         for name, mean in objective(as_out(raw, empty), empty).metrics.items():
             torch.testing.assert_close(mean.total, objective(as_out(kept_raw, kept), kept).metrics[name].total)

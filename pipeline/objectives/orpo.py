@@ -23,7 +23,7 @@ def log_odds(logprob: Tensor) -> Tensor:
     """
     at = logprob.clamp(max=CERTAIN)
     chance_against = -torch.expm1(at)  # 1 − p, also 1 / slope
-    return at - chance_against.log() + (logprob - at) / chance_against.detach()
+    return at - chance_against.log() + (logprob - at) / chance_against
 
 
 def odds_ratio_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class Orpo(Objective):
     def implied_reward(self, out: PolicyOut, batch: Batch) -> Tensor:
         """log odds of the whole response: no sum over tokens. [B, K]"""
         tokens = batch.response_mask.sum(-1)
-        return log_odds(out.logprobs.sum(-1) / tokens.clamp(min=1)).masked_fill(tokens == 0, 0.0)
+        return log_odds(out.logprobs.sum(-1) / tokens.clamp(min=1))
 
     def token_reward(self, out: PolicyOut, batch: Batch) -> Tensor:
         """log π / |y|: the odds rise with the mean log-probability, so its shares order the tokens. [B, K, R]"""

@@ -13,7 +13,7 @@ from pipeline.contracts import Batch, LossOut, Mean, Needs, Objective, PolicyOut
 
 def best_of(valid: Tensor, fraction: float) -> Tensor:
     """The best `fraction` of each prompt's responses, rounded down, but at least one: valid [B, K] → bool [B, K]."""
-    count = (fraction * valid.sum(-1, keepdim=True) + 1e-4).floor().clamp(min=1)  # 0.7 · 10 is to be 7 in floats too
+    count = (fraction * valid.sum(-1, keepdim=True)).floor().clamp(min=1)
     return valid & (torch.arange(valid.shape[1], device=valid.device) < count)
 
 
