@@ -35,6 +35,8 @@ Every key of the configuration, with its default: qalign keys
 def main(argv: Sequence[str] | None = None) -> int:
     """The `qalign` command."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # as `python -m` has it: a user's own objective or scorer may lie here
     if argv[:1] == ["schema"]:
         from pipeline.config_file import json_schema
 
@@ -85,6 +87,9 @@ def run_job(job: ModuleType, argv: Sequence[str] | None = None) -> int:
         job.run(load(options.config, options.overrides), options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that cannot be written: the system's words name it
+        print(f"error: {error}; check the path, its permissions and the space left", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)

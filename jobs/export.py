@@ -24,6 +24,10 @@ def run(config: RunConfig, options: argparse.Namespace) -> None:
     prepared = driver.prepare(config, options.local)
     folder, _ = driver.open_run(config, prepared)
     chosen = options.checkpoint or (checkpoint.best(folder) if options.best else checkpoint.latest(folder))
+    if options.checkpoint is not None and not (options.checkpoint / checkpoint.STATE).is_file():
+        raise ConfigError(
+            f"--checkpoint {options.checkpoint}: no checkpoint; name a step-… folder in {folder / 'checkpoints'}"
+        )
     if chosen is None:
         raise ConfigError(f"{folder}: has no such checkpoint yet; run `qalign train` with this configuration first")
     print(export(config, chosen, prepared.model, options.to))

@@ -18,7 +18,7 @@ LOOK_AT_BYTES = 16 * 2**20
 def preview(config: RunConfig) -> str:
     """A report for people. Raises the errors that the job itself would raise."""
     from pipeline import driver
-    from pipeline.data import CHUNK_BYTES
+    from pipeline.data import CHUNK_BYTES, DataError
     from pipeline.layouts import parse
     from pipeline.order import steps_per_epoch
     from pipeline.pretrained import load_tokenizer, locate
@@ -30,7 +30,11 @@ def preview(config: RunConfig) -> str:
     model = locate(config.model.path, cache)
     tokenizer = load_tokenizer(model, config.model.trust_remote_code)
     render = Renderer(tokenizer, config.data)
+    driver.check_lengths(config, model)
+    if config.model.reference:
+        locate(config.model.reference, cache, "model.reference")
     with TemporaryDirectory() as work:
+        plan(config.data.eval_sources, Path(work), chunk_bytes=CHUNK_BYTES, key="data.eval_sources")
         reading = plan(config.data.sources, Path(work), chunk_bytes=CHUNK_BYTES)
         looked_at = reading.chunks[: max(1, LOOK_AT_BYTES // CHUNK_BYTES)]
         rows, bad, lengths, first = 0, Counter[str](), [], None
@@ -47,6 +51,11 @@ def preview(config: RunConfig) -> str:
                 lengths.append(len(rendered.prompt_ids) + sum(map(len, rendered.response_ids)))
                 rows += 1
     seen = rows + sum(bad.values())
+    if not rows or (seen == reading.records and sum(bad.values()) > config.data.max_bad_fraction * seen):
+        worst = "; ".join(f"{count} × {reason}" for reason, count in bad.most_common(3))
+        raise DataError(
+            f"data.sources: {sum(bad.values())} of {seen} records are unusable ({worst or 'the files are empty'})"
+        )
     scope = "all records" if seen == reading.records else f"the first {seen:,} of {reading.records:,} records"
     lines = [f"data       {scope}: {rows:,} usable, {sum(bad.values()):,} would be quarantined"]
     lines += [f"             {count:,} × {reason}" for reason, count in bad.most_common()]

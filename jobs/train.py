@@ -53,7 +53,7 @@ def chosen_falls(metrics: dict[str, float]) -> bool:
     """Whether the run shows the effect that `FALLING` explains: rewards start at 0, so signs tell. Held-out rows first:
     one training step alone is noisy."""
     prefix = "eval/" if "eval/reward/chosen" in metrics else ""
-    return metrics.get(f"{prefix}reward/chosen", 0.0) < 0.0 < metrics.get(f"{prefix}reward/margin", 0.0)
+    return metrics.get(f"{prefix}reward/chosen", 0.0) < -0.01 and metrics.get(f"{prefix}reward/margin", 0.0) > 0.01
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class Superseded(UserError, RuntimeError):
     """This attempt may not commit: a newer one has begun, or its driver is gone."""
 
 
-class Corrupt(ValueError):
+class Corrupt(UserError, ValueError):
     """A checkpoint that does not verify: names the file and what is wrong with it."""
 
 
@@ -128,6 +128,13 @@ def latest(run: Path) -> Path | None:
     return None
 
 
+def best(run: Path) -> Path | None:
+    """The checkpoint with the best value of `checkpoint.best`, as the newest one remembers it."""
+    newest = latest(run)
+    known = read_state(newest)["best"] if newest is not None else None
+    return path_of(run, known["step"]) if known else None
+
+
 def verify(folder: Path) -> None:
     """Compare every file with the manifest. Raises Corrupt."""
     try:
@@ -174,11 +181,11 @@ def load_into(parameters: Mapping[str, Tensor], folder: Path) -> None:
     found = set()
     for name, tensor in read_weights(folder):
         if name not in parameters or parameters[name].shape != tensor.shape:
-            raise ValueError(f"{folder}: has {name} {list(tensor.shape)}, this model does not; it is of another model")
+            raise Corrupt(f"{folder}: has {name} {list(tensor.shape)}, this model does not; it is of another model")
         parameters[name].copy_(tensor)
         found.add(name)
     if missing := parameters.keys() - found:
-        raise ValueError(f"{folder}: lacks {min(missing)}; it is of another model")
+        raise Corrupt(f"{folder}: lacks {min(missing)}; it is of another model")
 
 
 def prune(run: Path, keep: int, best: Path | None = None) -> None:

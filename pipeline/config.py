@@ -229,6 +229,12 @@ class SamplingConfig(Section):
     output: str | None = None
     """File that `jobs.decode` writes (jsonl); default: in the run's folder."""
 
+    @model_validator(mode="after")
+    def _bounds(self) -> SamplingConfig:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError("min_new_tokens: must not exceed max_new_tokens")
+        return self
+
 
 # ------------------------------------------------------------------------------------------------- the run
 
@@ -245,6 +251,8 @@ def _objective(value: Any) -> Any:
 
 def _absolute(path: str) -> str:
     """Workers have another current folder than the driver."""
+    if "://" in path:
+        raise ValueError("has to be a folder on a file system that all nodes see, not a URL")
     return str(Path(path).expanduser().absolute())
 
 

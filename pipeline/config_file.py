@@ -42,7 +42,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             OmegaConf.update(tree, key, parsed["value"], merge=False)
         where = str(path)
         plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError, TypeError) as error:
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError, TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
     return validate(plain)
 

@@ -24,7 +24,7 @@ from pipeline.errors import UserError
 from pipeline.layouts import parse
 from pipeline.pretrained import load_tokenizer
 from pipeline.rendering import Renderer
-from pipeline.rows import finish, is_finished, manifest, write_json, write_part
+from pipeline.rows import checksum, finish, is_finished, manifest, part_of, write_json, write_part
 from pipeline.sources import Chunk, RawRecord, plan, read
 from pipeline.stage import Item, Resources, run_stage
 
@@ -60,9 +60,11 @@ class PrepareChunk:
 
     def __call__(self, item: Item) -> Item:
         number = item["number"]
-        counts = self.folder / f"counts-{number:06d}.json"
-        if counts.is_file():  # written last: this chunk was finished by an earlier, interrupted call
-            return json.loads(counts.read_text())
+        counts, part = self.folder / f"counts-{number:06d}.json", part_of(self.folder, number)
+        if counts.is_file() and part.is_file():  # written last: an earlier, interrupted call finished this chunk
+            known = json.loads(counts.read_text())
+            if known["part"] == checksum(part):
+                return known
         rows: list[dict[str, Any]] = []
         bad: list[dict[str, Any]] = []
         tally: Counter[str] = Counter()
@@ -71,10 +73,15 @@ class PrepareChunk:
                 rows.append(self._row(raw, item["chunk"]["source_index"], tally))
             except ValueError as error:
                 bad.append({"source": raw.source, "reason": str(error), "record": raw.raw})
-        write_part(self.folder, number, pa.Table.from_pylist(rows, schema=ROW_SCHEMA))
+        part = write_part(self.folder, number, pa.Table.from_pylist(rows, schema=ROW_SCHEMA))
         text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad)
         (self.folder / f"quarantine-{number:06d}.jsonl").write_text(text, encoding="utf-8")
-        result = {"rows": len(rows), "bad": dict(Counter(entry["reason"] for entry in bad)), "tally": dict(tally)}
+        result = {
+            "part": checksum(part),
+            "rows": len(rows),
+            "bad": dict(Counter(entry["reason"] for entry in bad)),
+            "tally": dict(tally),
+        }
         write_json(counts, result)
         return result
 
@@ -165,7 +172,8 @@ def _write(config: RunConfig, chunks: list[Chunk], folder: Path, model: str, loc
         responses_cut=tally["responses_cut"],
         tokens=tally["tokens"],
     )
-    finish(folder, {"summary": asdict(found)})
+    assert found.records == sum(chunk.records for chunk in chunks), "a record is unaccounted for"
+    finish(folder, len(chunks), {"summary": asdict(found)})
 
 
 def summary(folder: Path) -> Summary:

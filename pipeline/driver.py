@@ -7,22 +7,26 @@ mirrors their progress, exports the result. All state is in files: the same call
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from pipeline import checkpoint, cluster, data, reference
 from pipeline.config import ConfigError, RunConfig, digest
 from pipeline.errors import UserError
 from pipeline.export import EXPORT, RUN_FILE, export
 from pipeline.loop import Job, Plan, train_worker
-from pipeline.pretrained import fingerprint, locate, precision
-from pipeline.progress import METRICS_FILE, Monitor, read_metrics
+from pipeline.pretrained import fingerprint, load_config, load_tokenizer, locate, precision
+from pipeline.progress import LOG_FILE, METRICS_FILE, Monitor, read_metrics
 from pipeline.rows import Rows, write_json
 from pipeline.tracking import Tracker, start, tracking_uri
 
 ERROR_FILE = "error.json"
+logger = logging.getLogger(__name__)
 
 
 class TrainingFailed(UserError):
@@ -51,21 +55,43 @@ class Result:
     already_finished: bool = False
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig, local: bool = False) -> None:
     """What can be known to fail before any work starts. Raises ConfigError."""
     if config.tracking.enabled:
         tracking_uri(config)
+    if local and config.scaling.gpus_per_worker and not torch.cuda.is_available():
+        raise ConfigError("scaling.gpus_per_worker: this machine has no GPU; set it to 0")
+    try:
+        (Path(config.storage) / "cache").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"storage: cannot be written ({error}); name another folder") from None
     if config.scaling.offload_optimizer:
         from pipeline.engine import check_offload
 
         check_offload()
 
 
+def check_lengths(config: RunConfig, model: str) -> None:
+    """Rows have to fit the model at `model`: its context and its vocabulary. Raises ConfigError."""
+    text = load_config(model, config.model.trust_remote_code).get_text_config()
+    context = getattr(text, "max_position_embeddings", None)
+    if context is not None and config.data.max_length > context:
+        raise ConfigError(
+            f"data.max_length: {config.data.max_length} exceeds the model's context of {context} tokens; lower it"
+        )
+    tokens = len(load_tokenizer(model, config.model.trust_remote_code))
+    if tokens > text.vocab_size:
+        raise ConfigError(
+            f"model.path: the tokenizer has {tokens} tokens, the model {text.vocab_size}; they do not belong together"
+        )
+
+
 def prepare(config: RunConfig, local: bool = False) -> Prepared:
     """Weights located, rows tokenised, reference scored; all cached."""
-    check(config)
+    check(config, local)
     cache = Path(config.storage) / "cache"
     model = locate(config.model.path, cache)
+    check_lengths(config, model)
     if not local:
         cluster.connect(config)
     frozen = locate(config.model.reference, cache, "model.reference") if config.model.reference else model
@@ -126,8 +152,9 @@ def open_run(config: RunConfig, prepared: Prepared) -> tuple[Path, str]:
         config.seed,
     )
     run = storage / "runs" / f"{config.name}-{identity}"
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(run / RUN_FILE, {"identity": identity, "model": prepared.model, "config": config.dump()})
+    if not (run / RUN_FILE).is_file():
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(run / RUN_FILE, {"identity": identity, "model": prepared.model, "config": config.dump()})
     return run, identity
 
 
@@ -154,6 +181,11 @@ def _train(config: RunConfig, prepared: Prepared, run: Path, tracker: Tracker, l
     split = rows.split(config.data, config.seed)
     if len(split.train) == 0:
         raise ConfigError("data.eval_fraction: holds out every prompt; lower it or add records")
+    if split.left_out:
+        tracker.log_summary({"data/left_out_by_shares": split.left_out})
+        logger.warning(
+            "data.sources: the shares leave out %d of %d rows", split.left_out, split.left_out + len(split.train)
+        )
     plan = Plan(config, rows.lengths[split.train])
     with checkpoint.Lease(run), Monitor(run, plan.total_steps, tracker.log_metrics, tracker.last_step()):
         if local:
@@ -206,4 +238,10 @@ def _worker(plain: dict[str, Any]) -> None:
         train_worker(plain)
     except UserError as error:
         write_json(note, str(error))
+        raise
+    except Exception as error:
+        with (Path(plain["run"]) / LOG_FILE).open("a") as log:  # the driver's monitor shows it at once
+            log.write(
+                f"a worker failed, starting again: {type(error).__name__}: {' '.join(str(error).split())[:500]}\n"
+            )
         raise

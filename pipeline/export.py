@@ -16,7 +16,13 @@ from pipeline.pretrained import load_causal_lm, load_tokenizer, locate
 
 
 def export(config: RunConfig, folder: Path, model: str, target: Path) -> Path:
-    """Write the weights of checkpoint `folder` (trained from `model`) to `target` as safetensors; adapters are merged."""
+    """Write the weights of checkpoint `folder` (trained from `model`) to `target` as safetensors; adapters are merged.
+
+    Raises ConfigError when `target` exists and is not an empty folder: nothing is overwritten.
+    """
+    target = target.expanduser().absolute()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ConfigError(f"{target}: exists and is not empty; name a new folder to export to")
     lm = load_causal_lm(model, torch.float32, config.model.attention, config.model.trust_remote_code)
     policy = Policy(lm, config.model.lora)
     checkpoint.load_into({name: p for name, p in policy.named_parameters() if p.requires_grad}, folder)
@@ -25,7 +31,7 @@ def export(config: RunConfig, folder: Path, model: str, target: Path) -> Path:
     shutil.rmtree(aside, ignore_errors=True)
     lm.save_pretrained(aside)
     load_tokenizer(model, config.model.trust_remote_code).save_pretrained(aside)
-    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     aside.rename(target)
     return target
 

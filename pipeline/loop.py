@@ -7,6 +7,7 @@ terminal and to MLflow, so that neither can slow down or break training.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ import torch.distributed as dist
 
 from pipeline import checkpoint
 from pipeline.collate import collate
-from pipeline.config import RunConfig
+from pipeline.config import ConfigError, RunConfig
 from pipeline.config_file import validate
 from pipeline.contracts import Batch, Mean, Objective
 from pipeline.distributed import agree, process_group
@@ -32,6 +33,8 @@ from pipeline.model import load_policy
 from pipeline.order import micro_batches, step_rows, steps_per_epoch
 from pipeline.progress import LOG_FILE, METRICS_FILE, MetricsFile, log_to
 from pipeline.rows import Rows, Split
+
+logger = logging.getLogger(__name__)
 
 
 class Diverged(UserError, RuntimeError):
@@ -49,6 +52,11 @@ def train_step(engine: Engine, objective: Objective, batches: Sequence[Batch], l
     for i, batch in enumerate(batches):
         out = engine(batch)
         result = objective(out, batch)
+        if result.terms.keys() != weights.keys():
+            raise ConfigError(
+                f"objective: {type(objective).__name__} returns the terms {sorted(result.terms)} but weighs "
+                f"{sorted(weights)}; give both the same names"
+            )
         loss = sum(term.coefficient * term.total / weights[name] for name, term in result.terms.items())
         engine.backward(loss, last=i == len(batches) - 1)
         one = torch.ones((), device=loss.device)
@@ -247,5 +255,7 @@ class Saver:
         name = self._settings.best
         sign = -1.0 if name.startswith("-") else 1.0
         value = metrics.get(name.lstrip("-"))
+        if value is None and dist.get_rank() == 0 and any(metric.startswith("eval/") for metric in metrics):
+            logger.warning("checkpoint.best: there is no metric %s; known here: %s", name, ", ".join(sorted(metrics)))
         if value is not None and (self._best is None or sign * value < self._best["value"]):
             self._best = {"step": step, "value": sign * value}

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -198,6 +198,16 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, key: str = "model
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _not_loadable("a tokenizer", path, key, error) from None
+
+
+def load_config(path: str, trust_remote_code: bool = False, key: str = "model.path") -> Any:
+    """The configuration of what `locate` gave, without its weights. Raises `ConfigError`."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loadable("a model configuration", path, key, error) from None
 
 
 def load_causal_lm(

@@ -7,6 +7,7 @@ one is refused by `rows.Rows` and continued here.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipeline.contracts import REFERENCE_SCHEMA
 from pipeline.model import Policy, load_policy
 from pipeline.order import micro_batches
 from pipeline.pretrained import fingerprint, precision
-from pipeline.rows import Rows, finish, is_finished, write_part
+from pipeline.rows import MANIFEST, Rows, finish, is_finished, part_of, write_part
 from pipeline.stage import Item, Resources, run_stage
 
 PIECE_TOKENS = 32768
@@ -39,8 +40,7 @@ class ScoreRows:
         self.policy: Policy = load_policy(settings, model).to(self.device).eval()
 
     def __call__(self, item: Item) -> Item:
-        part = self.folder / f"part-{item['number']:06d}.arrow"
-        if not part.is_file():
+        if not is_whole(part_of(self.folder, item["number"])):
             write_part(self.folder, item["number"], self._score(item["positions"]))
         return {"rows": len(item["positions"])}
 
@@ -57,6 +57,16 @@ class ScoreRows:
         return pa.Table.from_pydict({"row_id": ids, "ref_logprobs": logprobs}, schema=REFERENCE_SCHEMA)
 
 
+def is_whole(part: Path) -> bool:
+    """Whether an earlier, interrupted call wrote this part in full."""
+    try:
+        with pa.ipc.open_file(pa.memory_map(str(part))) as reader:
+            reader.read_all().validate(full=True)
+    except (OSError, pa.ArrowInvalid):
+        return False
+    return True
+
+
 def score(config: RunConfig, rows_folder: Path, model: str, local: bool = False) -> Path:
     """Reference log-probs of all rows under the weights at `model`; returns their finished folder."""
     cache = Path(config.storage) / "cache"
@@ -65,6 +75,8 @@ def score(config: RunConfig, rows_folder: Path, model: str, local: bool = False)
     folder = cache / f"reference-{key}"
     if is_finished(folder):
         return folder
+    if (folder / MANIFEST).is_file():  # it was finished and is damaged: no part of it can be trusted
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     gpu = config.scaling.gpus_per_worker > 0
     pieces = _pieces(Rows(rows_folder).lengths)
@@ -82,7 +94,7 @@ def score(config: RunConfig, rows_folder: Path, model: str, local: bool = False)
     items = [{"number": i, "positions": piece.tolist()} for i, piece in enumerate(pieces)]
     done = run_stage(ScoreRows, arguments, items, label="reference", resources=resources, local=local, unit="piece")
     total = sum(item["rows"] for item in done)
-    finish(folder, {"rows": total, "model": model, "dtype": dtype})
+    finish(folder, len(pieces), {"rows": total, "model": model, "dtype": dtype})
     Rows(rows_folder, folder)  # refuses missing rows
     return folder
 

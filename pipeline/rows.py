@@ -1,7 +1,7 @@
 """Prepared rows on disk: Arrow IPC parts that are written once, memory-mapped, and addressed by an index.
 
-A folder of parts is finished when its `manifest.json` exists (it is written last) and every part has the size that the
-manifest names; anything else is refused. Parts are written aside and renamed, under names that follow from the plan: a
+A folder of parts is finished when its `manifest.json` exists (it is written last) and every part is what the manifest says;
+anything else is refused or made again. Parts are written aside and renamed, under names that follow from the plan: a
 retried or continued `prepare` repeats no finished part and never shows a half-written one.
 
 Rows and their reference log-probs are separate folders that join by row id; a missing row is an error, never a gap.
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import DataConfig
+from pipeline.config import ConfigError, DataConfig
 from pipeline.contracts import REFERENCE_SCHEMA, ROW_SCHEMA, Row
 from pipeline.errors import UserError
 from pipeline.order import MicroBatch
@@ -33,7 +33,7 @@ class StaleCache(UserError, ValueError):
 
 def write_part(folder: Path, number: int, table: pa.Table) -> Path:
     """Write one part under its final name, atomically."""
-    path = folder / f"part-{number:06d}.arrow"
+    path = part_of(folder, number)
     aside = path.with_suffix(f".{os.getpid()}.tmp")
     with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
@@ -41,19 +41,35 @@ def write_part(folder: Path, number: int, table: pa.Table) -> Path:
     return path
 
 
-def finish(folder: Path, meta: dict[str, Any]) -> None:
-    """Declare the folder complete: its parts with their sizes, and what it was made of."""
-    parts = {path.name: path.stat().st_size for path in sorted(folder.glob("part-*.arrow"))}
-    write_json(folder / MANIFEST, {"parts": parts, **meta})
+def part_of(folder: Path, number: int) -> Path:
+    """Where part `number` is, or will be."""
+    return folder / f"part-{number:06d}.arrow"
+
+
+def checksum(part: Path) -> str:
+    """Hash of a part's content; several GB/s."""
+    import xxhash
+
+    content = xxhash.xxh3_128()
+    with part.open("rb") as file:
+        while block := file.read(1 << 22):
+            content.update(block)
+    return content.hexdigest()
+
+
+def finish(folder: Path, parts: int, meta: dict[str, Any]) -> None:
+    """Declare the folder complete: its parts with sizes and checksums, and what it was made of."""
+    found = {path.name: [path.stat().st_size, checksum(path)] for path in (part_of(folder, i) for i in range(parts))}
+    write_json(folder / MANIFEST, {"parts": found, **meta})
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the folder has a manifest and all parts are there in full."""
+    """Whether the folder has a manifest and all parts are there, to the last bit."""
     try:
-        manifest(folder)
+        parts = manifest(folder)["parts"]
     except StaleCache:
         return False
-    return True
+    return all(checksum(folder / name) == known for name, (_, known) in parts.items())
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -62,7 +78,7 @@ def manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise StaleCache(f"{folder}: not finished; run `qalign prepare` again")
     found = json.loads(path.read_text())
-    for name, size in found["parts"].items():
+    for name, (size, _) in found["parts"].items():
         part = folder / name
         if not part.is_file() or part.stat().st_size != size:
             raise StaleCache(f"{part}: missing or damaged; delete {folder} and run `qalign prepare` again")
@@ -162,6 +178,10 @@ def _mix(train: np.ndarray, source: np.ndarray, shares: Sequence[float | None], 
     kept = []
     for i, share in enumerate(wanted):
         own = train[source == i]
+        if int(size * share + 1e-9) == 0:
+            raise ConfigError(
+                f"data.sources.{i}.share: so small that no row of it is used; raise it or remove the source"
+            )
         kept.append(np.random.default_rng([seed, i]).permutation(own)[: int(size * share + 1e-9)])
     return np.sort(np.concatenate(kept))
 

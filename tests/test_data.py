@@ -88,6 +88,24 @@ def test_an_interrupted_prepare_is_refused_then_continued(make_config, monkeypat
     assert kept.stat().st_mtime_ns == before  # finished parts were not made again
 
 
+@pytest.mark.parametrize("damage", ["deleted", "cut off", "flipped"])
+def test_a_damaged_part_is_made_again(make_config, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    monkeypatch.setattr(data, "CHUNK_BYTES", 300)
+    config = make_config()
+    folder = prepare(config)
+    scored = reference.score(config, folder, config.model.path, local=True)
+    expected = [Rows(folder, scored)[i] for i in range(24)]
+    for part in (folder / "part-000001.arrow", scored / "part-000001.arrow"):
+        content = bytearray(part.read_bytes())
+        content[len(content) // 2] ^= 1
+        part.unlink()
+        if damage != "deleted":
+            part.write_bytes(bytes(content[: -9 if damage == "cut off" else None]))
+    assert prepare(config) == folder
+    assert reference.score(config, folder, config.model.path, local=True) == scored
+    assert [Rows(folder, scored)[i] for i in range(24)] == expected
+
+
 @pytest.mark.parametrize("change", ["data.max_length=64", "data.append_eos=false", "data.max_prompt_length=9"])
 def test_whatever_shapes_rows_changes_the_cache(make_config, change: str) -> None:
     assert prepare(make_config()) != prepare(make_config(change))

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.config import DataConfig
+from pipeline.config import ConfigError, DataConfig
 from pipeline.contracts import REFERENCE_SCHEMA, ROW_SCHEMA
 from pipeline.order import MicroBatch
 from pipeline.rows import Rows, StaleCache, finish, is_finished, write_part
@@ -31,7 +31,7 @@ def write(folder: Path, *parts: list[dict]) -> Path:
     folder.mkdir()
     for i, rows in enumerate(parts):
         write_part(folder, i, pa.Table.from_pylist(rows, schema=ROW_SCHEMA))
-    finish(folder, {})
+    finish(folder, len(parts), {})
     return folder
 
 
@@ -39,7 +39,7 @@ def reference(folder: Path, ids: list[int]) -> Path:
     folder.mkdir()
     table = [{"row_id": i, "ref_logprobs": [[-float(i)] * (i % 3 + 1), [-0.5]]} for i in ids]
     write_part(folder, 0, pa.Table.from_pylist(table, schema=REFERENCE_SCHEMA))
-    finish(folder, {})
+    finish(folder, 1, {})
     return folder
 
 
@@ -83,6 +83,22 @@ def test_unfinished_and_damaged_folders_are_refused(tmp_path: Path) -> None:
     (folder / "manifest.json").unlink()
     with pytest.raises(StaleCache, match="not finished"):
         Rows(folder)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    folder = write(tmp_path / "rows", [row(0), row(1)])
+    assert is_finished(folder)
+    part = folder / "part-000000.arrow"
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(bytes(content))
+    assert not is_finished(folder)
+
+
+def test_a_share_that_uses_no_row_is_refused(tmp_path: Path) -> None:
+    rows = Rows(write(tmp_path / "rows", [row(i, source=int(i >= 30)) for i in range(50)]))
+    with pytest.raises(ConfigError, match=r"data\.sources\.1\.share"):
+        rows.split(data(sources=[{"path": "x", "share": 1000}, {"path": "y", "share": 0.1}]), seed=0)
 
 
 def test_no_prompt_is_on_both_sides_of_the_split(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.config import SamplingConfig
+from pipeline.config import ConfigError, SamplingConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +71,9 @@ def _check_lengths(model: torch.nn.Module, prompts: Sequence[Sequence[int]], new
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for place, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"prompt {place} has no tokens to continue; begin it with the tokenizer's BOS")
+            raise ConfigError(f"prompt {place} has no tokens to continue; begin it with the tokenizer's BOS")
         if context is not None and len(prompt) + new_tokens > context:
-            raise ValueError(
+            raise ConfigError(
                 f"prompt {place}: {len(prompt)} tokens + {new_tokens} new ones exceed the model's context of {context};"
                 " shorten the prompt or lower sampling.max_new_tokens"
             )

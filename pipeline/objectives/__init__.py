@@ -41,4 +41,6 @@ def resolve(name: str) -> type[Objective]:
         raise ValueError(f"name: cannot load {name!r} ({error}); is the module installed on every node?") from None
     if not (isinstance(found, type) and issubclass(found, Objective)):
         raise ValueError(f"name: {name!r} is not a subclass of pipeline.contracts.Objective")
+    if not hasattr(found, "needs"):
+        raise ValueError(f"name: {name!r} has no `needs`; add `needs: ClassVar[Needs] = Needs(records=…, reference=…)`")
     return found
