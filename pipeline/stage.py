@@ -6,6 +6,7 @@ implementation. Items and results are plain dicts; large data goes through files
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -82,6 +83,7 @@ def _on_ray(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts items, whatever Ray's operators are
     context.print_on_execution_start = False
+    logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
     context.execution_options.preserve_order = True
     most = min(resources.actors or _room(resources), len(items))
     stage = ray.data.from_items(list(items), override_num_blocks=len(items)).map(

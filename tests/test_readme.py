@@ -92,15 +92,8 @@ def test_keys_named_in_the_readme_exist() -> None:
 def test_the_demo_runs_end_to_end_in_a_small_size(tmp_path: Path) -> None:
     """`make demo`'s own command with the real model, a few prompts and one step."""
     pytest.importorskip("vaderSentiment")
-    arguments = [
-        "--prompts",
-        "12",
-        "--held-out",
-        "6",
-        "train.max_steps=1",
-        f"storage={tmp_path}",
-        "sampling.max_new_tokens=16",
-    ]
+    arguments = ["--prompts", "12", "--held-out", "6", f"storage={tmp_path}", "sampling.max_new_tokens=16"]
+    arguments += ["train.max_steps=2", "optimizer.warmup_steps=0"]  # enough to move the policy past bfloat16's rounding
     command = [sys.executable, "-m", "jobs.demo", "jobs/configs/demo.yaml", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
