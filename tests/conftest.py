@@ -35,6 +35,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.hook.pytest_deselected(items=drills)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """A test module may define `warm_up()`: slow imports of its helper processes then go on beside the other tests."""
+    if not session.config.option.collectonly:
+        for module in {item.module for item in session.items if hasattr(item, "module")}:
+            getattr(module, "warm_up", lambda: None)()
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """Tiny models are fastest on one thread, and results don't depend on the machine's cores."""
