@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -40,6 +41,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if not session.config.option.collectonly:
         for module in {item.module for item in session.items if hasattr(item, "module")}:
             getattr(module, "warm_up", lambda: None)()
+    # Each engine ends with a full collection. What the libraries made at import is millions of objects that stay.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
