@@ -42,6 +42,7 @@ class Setting:
 
     config: RunConfig  # with data.sources and data.eval_sources filled in
     model: str
+    stop_ids: list[int]  # tokens that end a completion
     before: Samples  # of the held-out prompts
     held_out_pairs: int
 
@@ -103,7 +104,7 @@ def prepare(config: RunConfig, options: argparse.Namespace) -> Setting:
     print(
         f"{len(train_pairs)} pairs from {len(train)} prompts; {len(held_out_pairs)} held-out pairs from {len(held_out)}"
     )
-    return Setting(validate(plain), model, before, len(held_out_pairs))
+    return Setting(validate(plain), model, sorted(render.stop_ids), before, len(held_out_pairs))
 
 
 def paired(samples: Samples) -> list[dict[str, str]]:
@@ -126,8 +127,7 @@ def compare(setting: Setting, result: Result, local: bool) -> tuple[dict[str, fl
     config, before = setting.config, setting.before
     changed = config.sampling.model_copy(update={"per_prompt": HELD_OUT_COMPLETIONS, "seed": config.sampling.seed + 1})
     config = config.model_copy(update={"sampling": changed})
-    stop_ids = stop_ids_of(config, setting.model)
-    after = draw(config, str(result.export), before.prompts, before.texts, stop_ids, local)
+    after = draw(config, str(result.export), before.prompts, before.texts, setting.stop_ids, local)
     numbers = {f"before/{k.removeprefix('samples/')}": v for k, v in before.metrics().items()}
     numbers |= {f"after/{k.removeprefix('samples/')}": v for k, v in after.metrics().items()}
     kl = kl_to_reference(config, str(result.export), setting.model, after, local)
@@ -145,14 +145,6 @@ def compare(setting: Setting, result: Result, local: bool) -> tuple[dict[str, fl
                 for when, s in (("before", before), ("after", after))
             ]
     return numbers, "\n".join(lines) + "\n"
-
-
-def stop_ids_of(config: RunConfig, model: str) -> list[int]:
-    """Tokens that end a completion."""
-    from pipeline.pretrained import load_tokenizer
-    from pipeline.rendering import Renderer
-
-    return sorted(Renderer(load_tokenizer(model), config.data).stop_ids)
 
 
 def one_line(text: str, width: int = 110) -> str:
