@@ -20,11 +20,12 @@ import pyarrow as pa
 
 from pipeline.config import DataConfig, RunConfig, digest
 from pipeline.contracts import ROW_SCHEMA, Record
+from pipeline.durable import write_json
 from pipeline.errors import UserError
 from pipeline.layouts import parse
 from pipeline.pretrained import load_tokenizer
 from pipeline.rendering import Renderer
-from pipeline.rows import checksum, finish, is_finished, manifest, part_of, write_json, write_part
+from pipeline.rows import checksum, finish, is_finished, manifest, part_of, write_part
 from pipeline.sources import Chunk, RawRecord, plan, read
 from pipeline.stage import Item, Resources, run_stage
 

@@ -17,12 +17,13 @@ import torch
 
 from pipeline import checkpoint, cluster, data, reference
 from pipeline.config import ConfigError, RunConfig, digest
+from pipeline.durable import write_json
 from pipeline.errors import UserError
 from pipeline.export import EXPORT, RUN_FILE, export
 from pipeline.loop import Job, Plan, train_worker
 from pipeline.pretrained import fingerprint, load_config, load_tokenizer, locate, precision
 from pipeline.progress import LOG_FILE, METRICS_FILE, Monitor, read_metrics
-from pipeline.rows import Rows, write_json
+from pipeline.rows import Rows
 from pipeline.tracking import Tracker, start, tracking_uri
 
 ERROR_FILE = "error.json"

@@ -1,6 +1,6 @@
 """Files that survive a crash: content and names that are on disk before the next step depends on them.
 
-Left out: what the files mean (`checkpoint`).
+Left out: what the files mean (`checkpoint`, `rows`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def digest_file(path: Path) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Written aside, flushed and renamed: readers see the old content or the new."""
-    aside = path.with_name(f".{path.name}.new")
-    aside.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.new")
+    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
     flush(aside)
     aside.rename(path)
     flush(path.parent)

@@ -5,7 +5,7 @@ Everything travels as `Mean(total, weight)` and is divided once, at the very end
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -92,9 +92,9 @@ class Sums:
         for name, (total, weight) in sums.items():
             self.add({name: Mean(torch.tensor(total, dtype=torch.double), torch.tensor(weight, dtype=torch.double))})
 
-    def reduce(self, names: Iterable[str] | None = None) -> dict[str, float]:
+    def reduce(self) -> dict[str, float]:
         """Sum over ranks (one collective) and divide; metrics of weight 0 are left out."""
-        names = sorted(self._sums if names is None else names)
+        names = sorted(self._sums)
         if not names:
             return {}
         stacked = all_sum(torch.stack([self._sums[name] for name in names])).tolist()

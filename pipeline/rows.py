@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from pipeline.config import ConfigError, DataConfig
 from pipeline.contracts import REFERENCE_SCHEMA, ROW_SCHEMA, Row
+from pipeline.durable import write_json
 from pipeline.errors import UserError
 from pipeline.order import MicroBatch
 
@@ -83,13 +84,6 @@ def manifest(folder: Path) -> dict[str, Any]:
         if not part.is_file() or part.stat().st_size != size:
             raise StaleCache(f"{part}: missing or damaged; delete {folder} and run `qalign prepare` again")
     return found
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file atomically."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    aside.rename(path)
 
 
 def _open_parts(folder: Path, schema: pa.Schema) -> pa.Table:

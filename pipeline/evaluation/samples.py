@@ -12,10 +12,10 @@ import numpy as np
 
 from pipeline.config import ConfigError, ModelConfig, RunConfig, digest
 from pipeline.decoding.stage import Decoded, decode_prompts
+from pipeline.durable import write_json
 from pipeline.evaluation.divergence import mean_se, sequence_kl
 from pipeline.evaluation.scorers import resolve, score_all
 from pipeline.pretrained import fingerprint, load_causal_lm, precision
-from pipeline.rows import write_json
 from pipeline.stage import Item, Resources, run_stage
 
 PIECE_PROMPTS = 32
