@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jobs.prepare import describe
 from pipeline.config import RunConfig
+
+if TYPE_CHECKING:
+    from pipeline.data import Summary
+    from pipeline.rendering import Rendered
+    from pipeline.sources import Chunk
 
 LOOK_AT_BYTES = 16 * 2**20
 """Input that is really read and tokenised; the rest is counted only."""
@@ -17,60 +24,66 @@ LOOK_AT_BYTES = 16 * 2**20
 
 def preview(config: RunConfig) -> str:
     """A report for people. Raises the errors that the job itself would raise."""
-    from pipeline import driver
-    from pipeline.data import CHUNK_BYTES, DataError
-    from pipeline.layouts import parse
+    from pipeline import data, driver
     from pipeline.order import steps_per_epoch
     from pipeline.pretrained import load_tokenizer, locate
-    from pipeline.rendering import Renderer
-    from pipeline.sources import plan, read
+    from pipeline.sources import plan
 
     driver.check(config)
     cache = Path(config.storage) / "cache"
     model = locate(config.model.path, cache)
-    tokenizer = load_tokenizer(model, config.model.trust_remote_code)
-    render = Renderer(tokenizer, config.data)
     driver.check_lengths(config, model)
     if config.model.reference:
         locate(config.model.reference, cache, "model.reference")
+    tokenizer = load_tokenizer(model, config.model.trust_remote_code)
     with TemporaryDirectory() as work:
-        plan(config.data.eval_sources, Path(work), chunk_bytes=CHUNK_BYTES, key="data.eval_sources")
-        reading = plan(config.data.sources, Path(work), chunk_bytes=CHUNK_BYTES)
-        looked_at = reading.chunks[: max(1, LOOK_AT_BYTES // CHUNK_BYTES)]
-        rows, bad, lengths, first = 0, Counter[str](), [], None
-        for chunk in looked_at:
-            for raw in read(chunk):
-                try:
-                    if raw.error is not None:
-                        raise ValueError(raw.error)
-                    rendered = render(parse(raw.value, config.data.kind, config.data.ties))
-                except ValueError as error:
-                    bad[str(error)] += 1
-                    continue
-                first = first or (raw.source, rendered)
-                lengths.append(len(rendered.prompt_ids) + sum(map(len, rendered.response_ids)))
-                rows += 1
-    seen = rows + sum(bad.values())
-    if not rows or (seen == reading.records and sum(bad.values()) > config.data.max_bad_fraction * seen):
-        worst = "; ".join(f"{count} × {reason}" for reason, count in bad.most_common(3))
-        raise DataError(
-            f"data.sources: {sum(bad.values())} of {seen} records are unusable ({worst or 'the files are empty'})"
-        )
-    scope = "all records" if seen == reading.records else f"the first {seen:,} of {reading.records:,} records"
-    lines = [f"data       {scope}: {rows:,} usable, {sum(bad.values()):,} would be quarantined"]
-    lines += [f"             {count:,} × {reason}" for reason, count in bad.most_common()]
-    if lengths:
-        usable = round(reading.records * rows / seen)
-        steps = config.train.epochs * steps_per_epoch(
-            max(1, round(usable * (1 - config.data.eval_fraction))), config.train.rows_per_step
-        )
-        lines.append(
-            f"steps      {min(steps, config.train.max_steps or steps):,} of {config.train.rows_per_step} rows each"
-        )
-        lines += ["", "tokens per row (prompt + all responses)", *histogram(np.array(lengths))]
+        plan(config.data.eval_sources, Path(work), key="data.eval_sources")
+        reading = plan(config.data.sources, Path(work), chunk_bytes=data.CHUNK_BYTES)
+        found, lengths, first = look(config, tokenizer, reading.chunks[: LOOK_AT_BYTES // data.CHUNK_BYTES])
+    whole = found.records == reading.records
+    if whole or not found.rows:
+        data.refuse(config.data, found, "mend them before the job runs")
+    lines = [] if whole else [f"looked at the first {found.records:,} of {reading.records:,} records:"]
+    lines.append(describe(found))
+    rows = max(1, round(reading.records * found.rows / found.records * (1 - config.data.eval_fraction)))
+    steps = config.train.epochs * steps_per_epoch(rows, config.train.rows_per_step)
+    lines.append(
+        f"steps      {min(steps, config.train.max_steps or steps):,} of {config.train.rows_per_step} rows each"
+    )
+    lines += ["", "tokens per row (prompt + all responses)", *histogram(np.array(lengths))]
     if first is not None:
         lines += ["", f"sample     {first[0]}", *sample(tokenizer, first[1])]
     return "\n".join([*lines, "", *memory(config, model, lengths)])
+
+
+def look(
+    config: RunConfig, tokenizer: Any, chunks: Sequence[Chunk]
+) -> tuple[Summary, list[int], tuple[str, Rendered] | None]:
+    """Read and tokenise some chunks: what became of their records, the rows' lengths, and the first row with its source."""
+    from pipeline.data import Summary
+    from pipeline.layouts import parse
+    from pipeline.rendering import Renderer
+    from pipeline.sources import read
+
+    render = Renderer(tokenizer, config.data)
+    bad: Counter[str] = Counter()
+    usable: list[tuple[str, Rendered]] = []
+    for raw in (raw for chunk in chunks for raw in read(chunk)):
+        try:
+            usable.append((raw.source, render(parse(raw.content(), config.data.kind, config.data.ties))))
+        except ValueError as error:
+            bad[str(error)] += 1
+    lengths = [len(row.prompt_ids) + sum(map(len, row.response_ids)) for _, row in usable]
+    found = Summary(
+        records=len(usable) + bad.total(),
+        rows=len(usable),
+        quarantined=bad.total(),
+        reasons=dict(bad.most_common()),
+        prompts_cut=sum(row.prompt_tokens_cut > 0 for _, row in usable),
+        responses_cut=sum(row.responses_cut for _, row in usable),
+        tokens=sum(lengths),
+    )
+    return found, lengths, usable[0] if usable else None
 
 
 def histogram(lengths: np.ndarray, bins: int = 8) -> list[str]:

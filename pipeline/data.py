@@ -87,10 +87,7 @@ class PrepareChunk:
         return result
 
     def _row(self, raw: RawRecord, source_index: int, tally: Counter[str]) -> dict[str, Any]:
-        if raw.error is not None:
-            raise ValueError(raw.error)
-        assert raw.value is not None
-        record = parse(raw.value, self.data.kind, self.data.ties)
+        record = parse(raw.content(), self.data.kind, self.data.ties)
         rendered = self.render(record)
         tally["prompts_cut"] += rendered.prompt_tokens_cut > 0
         tally["responses_cut"] += rendered.responses_cut
@@ -134,7 +131,7 @@ def prepare(config: RunConfig, model: str, local: bool = False) -> Path:
     if not is_finished(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _write(config, train.chunks + held_out.chunks, folder, model, local)
-    _refuse(config.data, summary(folder), folder)
+    refuse(config.data, summary(folder), f"see {folder / QUARANTINE}")
     return folder
 
 
@@ -182,18 +179,18 @@ def summary(folder: Path) -> Summary:
     return Summary(**manifest(folder)["summary"])
 
 
-def _refuse(data: DataConfig, found: Summary, folder: Path) -> None:
-    """Stop when too much was quarantined, or nothing is left."""
+def refuse(data: DataConfig, found: Summary, hint: str) -> None:
+    """Raises DataError when too much was quarantined, or nothing is left."""
     why = "; ".join(f"{count} × {reason}" for reason, count in list(found.reasons.items())[:3])
     if found.rows == 0:
         raise DataError(
-            f"data.sources: no usable record among {found.records} ({why or 'the files are empty'}); see {folder / QUARANTINE}"
+            f"data.sources: no usable record among {found.records} ({why or 'the files are empty'}); {hint}"
         )
     share = found.quarantined / found.records
     if share > data.max_bad_fraction:
         raise DataError(
             f"data.max_bad_fraction: {found.quarantined} of {found.records} records ({share:.1%}) are unusable, more than "
-            f"{data.max_bad_fraction:.1%} ({why}); mend them (see {folder / QUARANTINE}) or raise the bound"
+            f"{data.max_bad_fraction:.1%} ({why}); mend them ({hint}) or raise the bound"
         )
 
 

@@ -40,10 +40,7 @@ def read_prompts(config: RunConfig, prepared: Prepared) -> Prompts:
         found = plan([config.sampling.prompts], Path(config.storage) / "cache" / "sources", key="sampling.prompts")
         for raw in (raw for chunk in found.chunks for raw in read(chunk)):
             try:
-                if raw.error is not None:
-                    raise ValueError(raw.error)
-                assert raw.value is not None
-                ids.append(render.prompt_ids(parse_prompt(raw.value), config.sampling.max_new_tokens))
+                ids.append(render.prompt_ids(parse_prompt(raw.content()), config.sampling.max_new_tokens))
             except ValueError as error:
                 refused.append({"source": raw.source, "reason": str(error)})
     ids = ids[: config.sampling.limit]

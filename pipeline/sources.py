@@ -57,6 +57,12 @@ class RawRecord:
     error: str | None  # short and without text of the record, so that reasons can be counted
     raw: str  # excerpt for the quarantine file
 
+    def content(self) -> dict[str, Any]:
+        """The record's fields. Raises ValueError with `error` where there are none."""
+        if self.value is None:
+            raise ValueError(self.error)
+        return self.value
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:

@@ -60,7 +60,7 @@ def test_what_cannot_work_is_one_line(qalign, arguments: list[str], message: str
 
 def test_dry_run_refuses_what_the_job_would_refuse(qalign, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x"}\n')
-    assert "1 of 1 records are unusable" in error_of(
+    assert "no usable record among 1" in error_of(
         qalign("train", "--dry-run", f"data.sources=[{{path: {tmp_path}/bad.jsonl}}]")
     )
     assert "data.eval_sources.0.path" in error_of(

@@ -57,7 +57,7 @@ def test_every_job_command_runs(
     assert len(list((tmp_path / "outputs" / "runs").iterdir())) == 1  # all of them spoke of the same run
     told = capfd.readouterr().out
     for part in (
-        "would be quarantined",
+        "usable, 0 quarantined",
         "tokens per row",
         "not trained on",
         "memory     about",
