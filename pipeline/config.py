@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -46,6 +47,37 @@ Precision = Literal["auto", "float32", "bfloat16"]
 # --------------------------------------------------------------------------------------------------- data
 
 
+class TrajectoryColumns(Section):
+    """Where one trajectory lies in a record of another layout; columns may be dotted: `model_a.solution`."""
+
+    steps: Name
+    """Column with the text (cut into steps at `separator`) or a list of steps."""
+    separator: str | None = "\n"
+    """Ends each step of a text, and stays with it; null: the text is one step."""
+    reward: float | str | None = None
+    """Terminal reward: a column with a number or true/false (1 or 0), or a number for all records."""
+    answer: Name | None = None
+    """Column with the right answer: the terminal reward is 1 where the trajectory's answer matches, else 0."""
+    answer_pattern: str = r"(?:####|\bA:|[Aa]nswer(?: is)?:?)\s*([^\n]+)"
+    """Regular expression whose first group, at its last match, is the answer of a text (the whole text where it has none)."""
+    step_rewards: Name | None = None
+    """Column with one reward per step."""
+    step_logprobs: Name | None = None
+    """Column with one log-probability per step, under the policy that wrote it."""
+
+    @model_validator(mode="after")
+    def _one_reward(self) -> TrajectoryColumns:
+        if self.reward is not None and self.answer is not None:
+            raise ValueError("answer: remove it, or remove reward (only one can be the terminal reward)")
+        try:
+            groups = re.compile(self.answer_pattern).groups
+        except re.error as error:
+            raise ValueError(f"answer_pattern: no regular expression ({error})") from None
+        if groups != 1:
+            raise ValueError(f"answer_pattern: needs one group (…) around the answer, has {groups}")
+        return self
+
+
 class Source(Section):
     """One place records come from."""
 
@@ -54,11 +86,13 @@ class Source(Section):
     format: Literal["auto", "jsonl", "parquet", "huggingface"] = "auto"
     """`auto` goes by the file ending; `huggingface` reads a saved folder or a hub name."""
     columns: dict[str, str] = {}
-    """Our field: your column, e.g. {prompt: question, chosen: best_answer}."""
+    """Our field: your column (dotted where nested), e.g. {prompt: question, chosen: best_answer}."""
     subset: str | None = None
     """Configuration name of a Hugging Face data set."""
     split: str = "train"
     """Split of a Hugging Face data set."""
+    trajectories: tuple[TrajectoryColumns, ...] = ()
+    """For data.kind=trajectory: where each trajectory of a record lies, when the columns are not ours."""
     share: Annotated[float, Field(gt=0)] | None = None
     """Share of this source in the mix. Set it on all sources or none (= every row of every source is used)."""
 
@@ -141,13 +175,27 @@ class OptimizerConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Positive | None = 1.0
     """Global gradient-norm bound; null: none."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """After the warm-up."""
+    schedule: Literal["cosine", "linear", "constant", "hold_decay"] = "cosine"
+    """After the warm-up; `hold_decay` stays at lr and falls linearly over the last `decay_fraction` of all steps."""
+    decay_fraction: Fraction = 0.5
+    """Share of all steps in which `hold_decay` falls."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Linear warm-up; default: `warmup_fraction` of all steps."""
     warmup_fraction: Fraction = 0.1
     final_lr_fraction: Fraction = 0.0
     """Where cosine and linear end, as a share of lr."""
+
+
+class CriticConfig(Section):
+    """The value network V(s), for objectives that have one. It starts from the policy's weights, with V = 0."""
+
+    architecture: Literal["separate", "head"] = "separate"
+    """A transformer of its own (with LoRA where the policy has it), or a linear head on the policy's hidden states,
+    which its loss does not change."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5)
+    """Its own AdamW and schedule."""
+    steps_alone: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps at the start that train the critic alone (they count as steps)."""
 
 
 class TrainConfig(Section):
@@ -270,6 +318,7 @@ class RunConfig(Section):
     model: ModelConfig
     objective: Annotated[SerializeAsAny[Objective], BeforeValidator(_objective)]
     optimizer: OptimizerConfig = OptimizerConfig()
+    critic: CriticConfig = CriticConfig()
     train: TrainConfig = TrainConfig()
     scaling: ScalingConfig = ScalingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -284,6 +333,9 @@ class RunConfig(Section):
                 f"data.kind: {self.objective_name} trains on {' or '.join(sorted(needs.records))}, "
                 f"not on {self.data.kind}; change data.kind or objective.name"
             )
+        mapped = [i for i, source in enumerate(self.data.sources) if source.trajectories]
+        if mapped and self.data.kind != "trajectory":
+            raise ValueError(f"data.sources.{mapped[0]}.trajectories: only for data.kind=trajectory; remove it")
         if self.scaling.offload_optimizer and self.scaling.zero_stage == 0:
             raise ValueError("scaling.offload_optimizer: needs scaling.zero_stage 1, 2 or 3")
         return self

@@ -11,6 +11,7 @@ Left out on purpose: how any of these is produced. Each producer is a module of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, ClassVar, Literal
@@ -109,14 +110,81 @@ class Ranking(Record):
         return len(set(self.keys)) < len(self.keys)
 
 
-RecordKind = Literal["demonstration", "preference", "ranking"]
-"""Kinds of record. Unpaired (prompt, response, label) and Trajectory (prompt, steps) join here, in `RECORDS`,
-and as columns of `ROW_SCHEMA`; nothing else in the pipeline lists the kinds."""
+class Unpaired(Record):
+    """{"prompt": …, "response": "…", "label": true}: good or bad, with nothing to compare it with."""
+
+    response: Text
+    label: bool
+
+    @property
+    def ranked(self) -> list[str]:
+        return [self.response]
+
+
+class Step(BaseModel):
+    """A stretch of a trajectory: written by the policy, or by the environment (a tool's output, another speaker)."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    text: Text
+    reward: FiniteFloat = 0.0
+    """Process reward: lands on the step's last token."""
+    role: Literal["policy", "environment"] = "policy"
+    """Environment tokens are context: never trained on, without importance ratio."""
+    speaker: Text = "user"
+    """Of an environment step in a dialogue: the role under which the chat template writes it."""
+    logprob: FiniteFloat | None = None
+    """Log-probability of the whole step under the policy that wrote it, nats; the last one includes the end token."""
+
+
+class Trajectory(BaseModel):
+    """One way from the prompt to an end, with its rewards."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    steps: Annotated[list[Step], Field(min_length=1)]
+    reward: FiniteFloat = 0.0
+    """Terminal reward: lands on the trajectory's last token."""
+
+    @property
+    def total(self) -> float:
+        """The undiscounted return: what trajectories of one prompt are ranked by."""
+        return self.reward + sum(step.reward for step in self.steps)
+
+    @property
+    def behaviour_logprob(self) -> float | None:
+        """log μ(trajectory): the sum over the policy's steps, or None unless all of them were logged."""
+        logged = [step.logprob for step in self.steps if step.role == "policy"]
+        return None if None in logged else sum(value for value in logged if value is not None)
+
+    @property
+    def text(self) -> str:
+        """All steps, one after the other."""
+        return "".join(step.text for step in self.steps)
+
+
+class Trajectories(Record):
+    """{"prompt": …, "trajectories": [{"steps": [{"text": …, "reward": 0.2}, …], "reward": 1.0}, …]}"""
+
+    trajectories: Annotated[list[Trajectory], Field(min_length=1)]
+
+    @property
+    def best_first(self) -> list[Trajectory]:
+        """By return; those of equal return in the order of the file."""
+        return sorted(self.trajectories, key=lambda trajectory: -trajectory.total)
+
+    @property
+    def ranked(self) -> list[str]:
+        return [trajectory.text for trajectory in self.best_first]
+
+
+RecordKind = Literal["demonstration", "preference", "ranking", "unpaired", "trajectory"]
+"""Kinds of record; nothing but this and `RECORDS` lists them for the whole pipeline."""
 
 RECORDS: dict[str, type[Record]] = {
     "demonstration": Demonstration,
     "preference": PreferencePair,
     "ranking": Ranking,
+    "unpaired": Unpaired,
+    "trajectory": Trajectories,
 }
 
 # --------------------------------------------------------------------------------------------------- rows
@@ -130,9 +198,13 @@ ROW_SCHEMA = pa.schema(
         pa.field("prompt_ids", pa.list_(pa.int32()), nullable=False),  # [P]
         pa.field("response_ids", pa.list_(pa.list_(pa.int32())), nullable=False),  # K × [R_k], best first
         pa.field("weight", pa.float32(), nullable=False),
+        pa.field("trained", pa.list_(pa.list_(pa.bool_()))),  # K × [R_k]; null: all tokens are the policy's
+        pa.field("token_rewards", pa.list_(pa.list_(pa.float32()))),  # K × [R_k]; null: the kind has no rewards
+        pa.field("behaviour_logprobs", pa.list_(pa.float32())),  # K, null where not logged; null: nowhere
+        pa.field("mismatched", pa.bool_(), nullable=False),  # the last response answers another prompt
     ]
 )
-"""Tokenised rows, as `prepare` writes them. Environment masks and token rewards will be further columns."""
+"""Tokenised rows, as `prepare` writes them. The label of an unpaired response is a reward of ±1 on its last token."""
 
 REFERENCE_SCHEMA = pa.schema(
     [
@@ -152,6 +224,10 @@ class Row:
     response_ids: list[list[int]]  # K × [R_k]
     ref_logprobs: list[list[float]] | None = None  # K × [R_k]
     weight: float = 1.0  # 0 = filler: keeps ranks in step, changes nothing
+    trained: list[list[bool]] | None = None  # K × [R_k]: False on the environment's tokens
+    token_rewards: list[list[float]] | None = None  # K × [R_k]
+    behaviour_logprobs: list[float | None] | None = None  # K
+    mismatched: bool = False  # the last response answers another prompt
 
     @property
     def tokens(self) -> int:
@@ -171,23 +247,36 @@ class Batch:
     segment: Tensor  # [B, T] int64
     predictor: Tensor  # [B, K, R] int64: index into T of the hidden state that predicts this response token
     response_ids: Tensor  # [B, K, R] int64
-    response_mask: Tensor  # [B, K, R] bool: tokens that are trained on
-    valid: Tensor  # [B, K] bool: responses that exist (ragged K)
+    response_mask: Tensor  # [B, K, R] bool: tokens that are trained on (neither padding nor the environment's)
+    valid: Tensor  # [B, K] bool: responses to this prompt (ragged K) that have a token to train on
     weight: Tensor  # [B] float32: 0 for fillers
     row_ids: Tensor  # [B] int64
     ref_logprobs: Tensor | None = None  # [B, K, R] float32, 0 where masked
+    token_rewards: Tensor | None = None  # [B, K, R] float32; may stand on the environment's tokens, too
+    behaviour_logprobs: Tensor | None = None  # [B, K] float32: log μ(response), nan where not logged
+    carried: Mapping[str, float] = field(default_factory=dict)  # `Needs.carried` metrics of the step before
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v.to(device, non_blocking=True) if v is not None else None for k, v in moved.items()})
+        tensors = {k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, Tensor)}
+        return Batch(**(moved | tensors))
+
+    @property
+    def returns(self) -> Tensor:
+        """Each response's sum of rewards. [B, K]"""
+        assert self.token_rewards is not None
+        return self.token_rewards.sum(-1)
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyOut:
-    """What one forward of the policy yields; optional fields are filled as `Needs` asks."""
+    """What one forward of the policy (and the critic) yields; optional fields are filled as `Needs` asks."""
 
     logprobs: Tensor  # [B, K, R] float32: log π(response token | prefix), 0 where masked
+    kl: Tensor | None = None  # [B, K, R] float32: KL of the two next-token distributions, 0 where masked
+    values: Tensor | None = None  # [B, K, R] float32: V(s) of the state before the token, 0 where masked
+    scores: Tensor | None = None  # [B, K] float32: a reward model's verdict (it has no log-probs: they are 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +323,30 @@ class Needs:
     """What an objective asks of the pipeline. The pipeline supplies it and never asks for the objective's name."""
 
     records: frozenset[RecordKind]
-    reference: Literal["none", "token", "distribution"] = "none"
+    reference: Literal["none", "token"] = "none"
+    """Log-probs of the response tokens under the reference, computed once and cached."""
+    kl: Literal["none", "forward", "reverse"] = "none"
+    """Exact per-token KL over the vocabulary: forward = KL(π_ref ‖ π), reverse = KL(π ‖ π_ref)."""
+    critic: bool = False
+    """V(s) before each response token, from a network with an optimizer of its own (config section `critic`)."""
+    behaviour: bool = False
+    """Log-probs under the policy that made the data; refused unless every row has them."""
+    mismatched: bool = False
+    """Behind each row's own response one to another prompt (`prepare` picks it)."""
+    carried: tuple[str, ...] = ()
+    """Metrics whose global value in the step before comes back in `Batch.carried`."""
+    model: Literal["policy", "reward"] = "policy"
+    """A language model, or the same trunk with a scalar head that scores whole responses."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """A range that a metric must not leave: the pipeline warns, once, in these words."""
+
+    metric: str
+    advice: str
+    low: float = -math.inf
+    high: float = math.inf
 
 
 class Objective(BaseModel):
@@ -247,6 +359,11 @@ class Objective(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     needs: ClassVar[Needs]
+    alarms: ClassVar[tuple[Alarm, ...]] = ()
+
+    def needed(self) -> Needs:
+        """What this configuration needs, where hyper-parameters change it; default: `needs`."""
+        return self.needs
 
     def weight(self, batch: Batch) -> dict[str, Tensor]:
         """Denominator of each term of `__call__`, from masks and weights alone (so that it is known before
