@@ -53,8 +53,13 @@ def evaluate(config: RunConfig, local: bool, sample: bool) -> dict[str, float]:
             "no held-out rows (data.eval_fraction, data.eval_sources): evaluating on the training rows", file=sys.stderr
         )
         positions = split.train
-    metrics = dict(held_out(config, weights, prepared.rows, prepared.reference, np.asarray(positions), local))
-    if sample or config.sampling.scorer:
+    last = driver.last_metrics(own)
+    carried = {name: last[name] for name in config.objective.needed().carried if name in last}
+    metrics = dict(held_out(config, prepared, weights, np.asarray(positions), local, carried))
+    if config.objective.needed().model == "reward":
+        if sample or config.sampling.scorer:
+            print("a reward model writes nothing: no samples were drawn", file=sys.stderr)
+    elif sample or config.sampling.scorer:
         prompts = read_prompts(config, prepared)
         samples = draw(config, weights, prompts.ids, prompts.texts, prompts.stop_ids, local)
         metrics |= samples.metrics() | kl_to_reference(config, weights, prepared.frozen, samples, local)

@@ -31,7 +31,7 @@ def run(config: RunConfig, options: argparse.Namespace) -> None:
     result = fit(config, options.local)
     if result.already_finished:
         print("this run is already finished; change the configuration for another, or delete its folder to repeat it")
-    print(describe(result, explained=config.objective.needs.reference != "none"))
+    print(describe(result, explained=config.objective.needed().reference != "none"))
 
 
 def describe(result, explained: bool) -> str:

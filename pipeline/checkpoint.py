@@ -2,6 +2,7 @@
 
     <run>/checkpoints/step-00000020/   weights-00001-of-00002.safetensors …   float32 parameters by name
                                        moments-00001-of-00002.safetensors …   exp_avg/<name>, exp_avg_sq/<name>
+                                       critic-weights-… and critic-moments-…  the same of the critic, where there is one
                                        state.json                             what the caller wants back: step, best, …
                                        manifest.json                          name → size and checksum of the rest
     <run>/attempt, attempt.lock, lease                                        who may commit
@@ -27,7 +28,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -160,8 +161,11 @@ def read_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / STATE).read_bytes())
 
 
-def read_tensors(folder: Path, kind: Literal["weights", "moments"]) -> Iterator[tuple[str, Tensor]]:
-    """(name, float32 tensor on the CPU), one at a time, from however many files there are."""
+def read_tensors(folder: Path, kind: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, float32 tensor on the CPU), one at a time, from however many files of this kind there are.
+
+    kind: what the names of its files begin with: `weights`, `moments`, or either behind `critic-`.
+    """
     from safetensors import safe_open
 
     for path in sorted(folder.glob(f"{kind}-*.safetensors")):
@@ -170,16 +174,16 @@ def read_tensors(folder: Path, kind: Literal["weights", "moments"]) -> Iterator[
                 yield name, file.get_tensor(name)
 
 
-def read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The trained parameters: (name, float32 tensor), one at a time."""
-    return read_tensors(folder, "weights")
+def read_weights(folder: Path, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The trained parameters: (name, float32 tensor), one at a time. prefix: "" for the policy, "critic-" for the critic."""
+    return read_tensors(folder, f"{prefix}weights")
 
 
 @torch.no_grad()
-def load_into(parameters: Mapping[str, Tensor], folder: Path) -> None:
+def load_into(parameters: Mapping[str, Tensor], folder: Path, prefix: str = "") -> None:
     """Copy the weights in place. Raises ValueError unless the checkpoint holds exactly these parameters."""
     found = set()
-    for name, tensor in read_weights(folder):
+    for name, tensor in read_weights(folder, prefix):
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise Corrupt(f"{folder}: has {name} {list(tensor.shape)}, this model does not; it is of another model")
         parameters[name].copy_(tensor)

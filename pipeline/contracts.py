@@ -276,6 +276,7 @@ class PolicyOut:
     logprobs: Tensor  # [B, K, R] float32: log π(response token | prefix), 0 where masked
     kl: Tensor | None = None  # [B, K, R] float32: KL of the two next-token distributions, 0 where masked
     values: Tensor | None = None  # [B, K, R] float32: V(s) of the state before the token, 0 where masked
+    states: Tensor | None = None  # [N, D], detached: hidden states behind the N trained tokens, for a value head
     scores: Tensor | None = None  # [B, K] float32: a reward model's verdict (it has no log-probs: they are 0)
 
 

@@ -100,6 +100,10 @@ class PrepareChunk:
             "prompt_ids": rendered.prompt_ids,
             "response_ids": rendered.response_ids,
             "weight": record.weight,
+            "trained": rendered.trained,
+            "token_rewards": rendered.token_rewards,
+            "behaviour_logprobs": rendered.behaviour_logprobs,
+            "mismatched": False,
         }
 
 
@@ -127,7 +131,7 @@ def prepare(config: RunConfig, model: str, local: bool = False) -> Path:
     )
     tokenizer = load_tokenizer(model, config.model.trust_remote_code)
     contents = [train.fingerprint, held_out.fingerprint]
-    folder = cache / f"rows-{digest(2, contents, _shaping(config.data), tokenizer_identity(tokenizer))}"
+    folder = cache / f"rows-{digest(3, contents, _shaping(config.data), tokenizer_identity(tokenizer))}"
     if not is_finished(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _write(config, train.chunks + held_out.chunks, folder, model, local)

@@ -97,8 +97,21 @@ def prepare(config: RunConfig, local: bool = False) -> Prepared:
         cluster.connect(config)
     frozen = locate(config.model.reference, cache, "model.reference") if config.model.reference else model
     rows = data.prepare(config, model, local)
-    asked = config.objective.needs.reference != "none"
+    needs = config.objective.needed()
+    if needs.behaviour:
+        _check_behaviour(rows)
+    asked = needs.reference != "none"
     return Prepared(model, frozen, rows, reference.score(config, rows, frozen, local) if asked else None)
+
+
+def _check_behaviour(rows: Path) -> None:
+    """Raises ConfigError unless every row says how likely its trajectories were where they come from."""
+    found = data.summary(rows)
+    if found.behaviour < found.rows:
+        raise ConfigError(
+            f"objective.importance: {found.rows - found.behaviour} of {found.rows} rows have no log-probs of the policy that "
+            "made them; give each step a logprob, or set importance=reference (the reference made them) or none"
+        )
 
 
 def fit(config: RunConfig, local: bool = False, report: Callable[[Result, Tracker], None] | None = None) -> Result:
@@ -149,6 +162,7 @@ def open_run(config: RunConfig, prepared: Prepared) -> tuple[Path, str]:
         config.model.lora.model_dump() if config.model.lora else None,
         config.dump()["objective"],
         config.optimizer.model_dump(),
+        *([config.critic.model_dump()] if config.objective.needed().critic else []),
         config.train.model_dump(include={"epochs", "max_steps", "rows_per_step"}),
         config.seed,
     )
@@ -177,7 +191,8 @@ def _log_data(tracker: Tracker, rows: Path) -> None:
 
 
 def _train(config: RunConfig, prepared: Prepared, run: Path, tracker: Tracker, local: bool) -> None:
-    job = Job(config, run, prepared.rows, prepared.reference, prepared.model)
+    frozen = prepared.frozen if config.objective.needed().kl != "none" else None
+    job = Job(config, run, prepared.rows, prepared.reference, prepared.model, frozen)
     rows = Rows(prepared.rows, prepared.reference)
     split = rows.split(config.data, config.seed)
     if len(split.train) == 0:

@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -58,7 +58,13 @@ def lr_at(step: int, total_steps: int, config: OptimizerConfig) -> float:
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
     done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[config.schedule]
+    held = total_steps - config.decay_fraction * total_steps
+    shape = {
+        "constant": 1.0,
+        "linear": 1.0 - done,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
+        "hold_decay": min(1.0, max(0.0, total_steps - step) / max(1e-9, total_steps - held)),
+    }[config.schedule]
     floor = 1.0 if config.schedule == "constant" else config.final_lr_fraction
     return config.lr * (floor + (1.0 - floor) * shape)
 
@@ -79,27 +85,38 @@ class Engine:
 
     Args:
         policy: any module; moved to `device`, converted to the configuration's precision, and partitioned at stage 3.
-        config: optimizer, scaling and model.dtype are read.
+        config: scaling, model.dtype and the role's optimizer are read.
         device: this rank's device; torch.distributed has to be initialised.
         resume: a verified checkpoint to go on from. Raises ValueError when it is another model's.
+        role: whose optimizer settings it takes, and under which names it saves.
     """
 
-    def __init__(self, policy: nn.Module, config: RunConfig, device: torch.device | str, resume: Path | None = None):
+    def __init__(
+        self,
+        policy: nn.Module,
+        config: RunConfig,
+        device: torch.device | str,
+        resume: Path | None = None,
+        role: Literal["policy", "critic"] = "policy",
+    ) -> None:
         assert dist.is_initialized(), "an engine lives in a process group"
         self.module = policy
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.steps: int = 0
-        self._stage, self._clip = config.scaling.zero_stage, config.optimizer.clip
+        self.device = torch.device(device)
+        self.optimizer: OptimizerConfig = config.critic.optimizer if role == "critic" else config.optimizer
+        self._role, self._prefix = role, "critic-" if role == "critic" else ""
+        self._stage, self._clip = config.scaling.zero_stage, self.optimizer.clip
         bf16 = precision(config.model.dtype) == torch.bfloat16
         self._plain = self._stage == 0 and not bf16  # no wrapper: parameters are their own masters, gradients whole
         self._trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         self._sizes = {name: p.numel() for name, p in self._trained.items()}
         if resume is not None:
             # Before DeepSpeed copies them: what `_load` does to the masters reaches the weights at the next step only.
-            checkpoint.load_into(self._trained, resume)
-        optimizer = _adamw(self._trained.values(), config)
-        settings = _settings(config, bf16, torch.device(device), sum(self._sizes.values()))
-        self._engine = _initialize(policy, optimizer, settings, torch.device(device))
+            checkpoint.load_into(self._trained, resume, self._prefix)
+        optimizer = _adamw(self._trained.values(), self.optimizer, config.scaling.offload_optimizer)
+        settings = _settings(config, self._clip, bf16, self.device, sum(self._sizes.values()))
+        self._engine = _initialize(policy, optimizer, settings, self.device)
         self._inner, self._masters = self._create_state()
         if resume is not None:
             self._load(resume)
@@ -159,7 +176,7 @@ class Engine:
                             target[label] = full.to("cpu", torch.float32).contiguous()
             suffix = f"{first + self.rank + 1:05d}-of-{len(parts):05d}.safetensors"
             for kind, tensors in (("weights", weights), ("moments", moments)):
-                written.append(folder / f"{kind}-{suffix}")
+                written.append(folder / f"{self._prefix}{kind}-{suffix}")
                 checkpoint.write_tensors(written[-1], tensors)
         return written
 
@@ -230,23 +247,24 @@ class Engine:
 
     def _load(self, folder: Path) -> None:
         """Masters, moments and step count of a checkpoint, whose weights are already in the module."""
-        for name, tensor in checkpoint.read_tensors(folder, "weights"):
+        for name, tensor in checkpoint.read_tensors(folder, f"{self._prefix}weights"):
             self._scatter(name, None, tensor)
-        for name, tensor in checkpoint.read_tensors(folder, "moments"):
+        for name, tensor in checkpoint.read_tensors(folder, f"{self._prefix}moments"):
             key, _, parameter = name.partition("/")
             self._scatter(parameter, key, tensor)
-        self.steps = int(checkpoint.read_state(folder)["step"])
+        state = checkpoint.read_state(folder)
+        self.steps = int(state.get("updates", {}).get(self._role, state["step"]))
         for master, state in self._inner.state.items():
             state["step"] = _step_count(self._inner, master, self.steps)
 
 
-def _adamw(parameters: Iterable[nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
+def _adamw(parameters: Iterable[nn.Parameter], settings: OptimizerConfig, offload: bool) -> torch.optim.Optimizer:
     """AdamW in two groups: no weight decay on biases and norm vectors. The learning rate comes with each step."""
-    settings, kept = config.optimizer, list(parameters)
+    kept = list(parameters)
     matrices, vectors = [p for p in kept if p.dim() >= 2], [p for p in kept if p.dim() < 2]
     decays = ((matrices, settings.weight_decay), (vectors, 0.0))
     groups = [{"params": members, "weight_decay": decay} for members, decay in decays if members]
-    if config.scaling.offload_optimizer:
+    if offload:
         check_offload()
         _drop_stale_build_lock()
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -272,7 +290,7 @@ def _drop_stale_build_lock() -> None:
             lock.unlink(missing_ok=True)
 
 
-def _settings(config: RunConfig, bf16: bool, device: torch.device, numel: int) -> dict[str, Any]:
+def _settings(config: RunConfig, clip: float | None, bf16: bool, device: torch.device, numel: int) -> dict[str, Any]:
     """What DeepSpeed is told."""
     stage = config.scaling.zero_stage
     zero: dict[str, Any] = {
@@ -289,7 +307,7 @@ def _settings(config: RunConfig, bf16: bool, device: torch.device, numel: int) -
         "bf16": {"enabled": bf16},
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32" if stage > 0 else None},  # stage 0 knows only the working type
-        "gradient_clipping": (config.optimizer.clip or 0.0) if stage > 0 or bf16 else 0.0,  # `step` clips
+        "gradient_clipping": (clip or 0.0) if stage > 0 or bf16 else 0.0,  # `step` clips
         "steps_per_print": None,
     }
 

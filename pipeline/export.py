@@ -1,4 +1,4 @@
-"""A checkpoint as a folder that `AutoModelForCausalLM.from_pretrained` loads, tokenizer included."""
+"""A checkpoint as a folder that transformers loads, tokenizer included; a critic lies in a folder within."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from pipeline import checkpoint
 from pipeline.config import ConfigError, RunConfig
 from pipeline.config_file import validate
+from pipeline.critic import CRITIC, load_critic, save_critic
 from pipeline.model import Policy
-from pipeline.pretrained import load_causal_lm, load_tokenizer, locate
+from pipeline.pretrained import load_causal_lm, load_scorer, load_tokenizer, locate
+from pipeline.reward import RewardNetwork
 
 
 def export(config: RunConfig, folder: Path, model: str, target: Path) -> Path:
@@ -23,17 +26,32 @@ def export(config: RunConfig, folder: Path, model: str, target: Path) -> Path:
     target = target.expanduser().absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{target}: exists and is not empty; name a new folder to export to")
-    lm = load_causal_lm(model, torch.float32, config.model.attention, config.model.trust_remote_code)
-    policy = Policy(lm, config.model.lora)
-    checkpoint.load_into({name: p for name, p in policy.named_parameters() if p.requires_grad}, folder)
-    lm = policy.merged().to(getattr(torch, config.checkpoint.export_dtype))
+    dtype = getattr(torch, config.checkpoint.export_dtype)
+    needs, tokenizer = config.objective.needed(), load_tokenizer(model, config.model.trust_remote_code)
+    load = load_scorer if needs.model == "reward" else load_causal_lm
+    lm = load(model, torch.float32, config.model.attention, config.model.trust_remote_code)
+    network = RewardNetwork(lm, config.model) if needs.model == "reward" else Policy(lm, config.model.lora)
+    checkpoint.load_into(_trained(network), folder)
+    lm = network.merged().to(dtype)
+    if needs.model == "reward":  # its own forward finds the last token by this one
+        lm.config.pad_token_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
     aside = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     lm.save_pretrained(aside)
-    load_tokenizer(model, config.model.trust_remote_code).save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    if needs.critic:
+        critic = load_critic(config, model, torch.float32)
+        checkpoint.load_into(_trained(critic), folder, prefix="critic-")
+        save_critic(critic, aside / CRITIC, dtype)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside.rename(target)
     return target
+
+
+def _trained(network: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
 RUN_FILE = "run.json"

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,12 @@ from pipeline import checkpoint
 from pipeline.collate import collate
 from pipeline.config import ConfigError, RunConfig
 from pipeline.config_file import validate
-from pipeline.contracts import Batch, Mean, Objective
+from pipeline.contracts import Batch, Mean, Objective, TermGroup
 from pipeline.distributed import agree, process_group
-from pipeline.engine import Engine, lr_at
 from pipeline.errors import UserError
 from pipeline.evaluation import held_out
+from pipeline.learner import Learner
 from pipeline.metrics import Sums, all_sum, batch_metrics
-from pipeline.model import load_policy
 from pipeline.order import micro_batches, step_rows, steps_per_epoch
 from pipeline.progress import LOG_FILE, METRICS_FILE, MetricsFile, log_to
 from pipeline.rows import Rows, Split
@@ -41,8 +40,10 @@ class Diverged(UserError, RuntimeError):
     """The loss is not finite: names the step and its rows."""
 
 
-def train_step(engine: Engine, objective: Objective, batches: Sequence[Batch], lr: float) -> dict[str, float]:
-    """One optimizer step over this rank's micro-batches → metrics, equal on all ranks.
+def train_step(
+    learner: Learner, objective: Objective, batches: Sequence[Batch], step: int, total_steps: int
+) -> dict[str, float]:
+    """One optimizer step (number `step` from 0) over this rank's micro-batches → metrics, equal on all ranks.
 
     The loss of the whole step (all ranks, all micro-batches) is Σ_terms coefficient · total / weight, with weights known
     from masks before the first backward: how rows are split into micro-batches cannot change the update.
@@ -50,18 +51,21 @@ def train_step(engine: Engine, objective: Objective, batches: Sequence[Batch], l
     weights = _step_weights(objective, batches)
     sums = Sums()
     for i, batch in enumerate(batches):
-        out = engine(batch)
+        out = learner(batch, step)
         result = objective(out, batch)
         if result.terms.keys() != weights.keys():
             raise ConfigError(
                 f"objective: {type(objective).__name__} returns the terms {sorted(result.terms)} but weighs "
                 f"{sorted(weights)}; give both the same names"
             )
-        loss = sum(term.coefficient * term.total / weights[name] for name, term in result.terms.items())
-        engine.backward(loss, last=i == len(batches) - 1)
+        losses: dict[TermGroup, torch.Tensor] = {}
+        for name, term in result.terms.items():
+            losses[term.group] = losses.get(term.group, 0) + term.coefficient * term.total / weights[name]
+        learner.backward(losses, last=i == len(batches) - 1, step=step)
+        loss = sum(losses.values()).detach()
         one = torch.ones((), device=loss.device)
         # Already divided: summing over micro-batches and ranks completes the mean, so their weight is 1 once.
-        share = one if i == 0 and engine.rank == 0 else torch.zeros_like(one)
+        share = one if i == 0 and learner.rank == 0 else torch.zeros_like(one)
         sums.add({"loss": Mean(loss, share)})
         sums.add({f"loss/{k}": Mean(t.total / weights[k], share) for k, t in result.terms.items()})
         sums.add(result.metrics | batch_metrics(objective, out, batch))
@@ -69,11 +73,9 @@ def train_step(engine: Engine, objective: Objective, batches: Sequence[Batch], l
     if not np.isfinite(metrics["loss"]):
         raise _diverged(f"the loss is {metrics['loss']}", batches)
     try:
-        metrics["grad_norm"] = engine.step(lr)
+        return metrics | learner.step(step, total_steps)
     except FloatingPointError as error:
         raise _diverged(str(error).partition(";")[0], batches) from None
-    metrics["lr"] = lr
-    return metrics
 
 
 def _diverged(what: str, batches: Sequence[Batch]) -> Diverged:
@@ -107,6 +109,7 @@ class Job:
     rows: Path  # prepared rows
     reference: Path | None  # their reference log-probs
     model: str  # located weights (a hub name or folder)
+    frozen: str | None = None  # the reference's, for objectives that need its whole distribution
 
     def plain(self) -> dict[str, Any]:
         paths = {
@@ -114,12 +117,13 @@ class Job:
             "rows": str(self.rows),
             "reference": str(self.reference) if self.reference else None,
         }
-        return {"config": self.config.dump(), "model": self.model, **paths}
+        return {"config": self.config.dump(), "model": self.model, "frozen": self.frozen, **paths}
 
     @classmethod
     def parse(cls, plain: dict[str, Any]) -> Job:
         reference = Path(plain["reference"]) if plain["reference"] else None
-        return cls(validate(plain["config"]), Path(plain["run"]), Path(plain["rows"]), reference, plain["model"])
+        paths = Path(plain["run"]), Path(plain["rows"]), reference
+        return cls(validate(plain["config"]), *paths, plain["model"], plain["frozen"])
 
 
 def train_worker(plain: dict[str, Any]) -> None:
@@ -140,33 +144,34 @@ def _train(job: Job, device: torch.device) -> None:
     split = rows.split(config.data, config.seed)
     plan = Plan(config, rows.lengths[split.train])
     saver = Saver.begin(job)
-    policy = load_policy(config.model, job.model)
-    engine = Engine(policy, config, device, resume=saver.resume)
+    learner = Learner.start(config, job.model, job.frozen, device, saver.resume)
+    watch = Watch(config.objective, saver.metrics)
     log = MetricsFile(job.run / METRICS_FILE, after=saver.step) if rank == 0 else None
     try:
         for step in range(saver.step, plan.total_steps):
-            metrics = _step(job, engine, rows, split, plan, step, device)
+            metrics = _step(job, learner, rows, split, plan, step, watch)
+            watch.note(metrics)
             if log is not None:
                 log.append(step + 1, metrics)
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == plan.total_steps:
-                saver.save(engine, step + 1, metrics)
+                saver.save(learner, step + 1, metrics)
     finally:
-        engine.close()
+        learner.close()
         if log is not None:
             log.close()
 
 
 def _step(
-    job: Job, engine: Engine, rows: Rows, split: Split, plan: Plan, step: int, device: torch.device
+    job: Job, learner: Learner, rows: Rows, split: Split, plan: Plan, step: int, watch: Watch
 ) -> dict[str, float]:
     """Step number `step` (from 0): its rows, its update, and the evaluation that is due after it."""
     config, started = job.config, time.monotonic()
     # Random state is a function of where we are: a checkpoint has none to save.
     torch.manual_seed(hash((config.seed, step, dist.get_rank())) % 2**63)
     chosen = split.train[plan.positions(step)]
-    batches = _my_batches(chosen, rows, config, device)
+    batches = _my_batches(chosen, rows, config, learner.device, watch.carried)
     try:
-        metrics = train_step(engine, config.objective, batches, lr_at(step, plan.total_steps, config.optimizer))
+        metrics = train_step(learner, config.objective, batches, step, plan.total_steps)
     except Diverged as error:
         raise Diverged(f"step {step + 1}: {error}") from None
     seconds = time.monotonic() - started
@@ -177,17 +182,19 @@ def _step(
     }
     if len(split.eval) and plan.evaluates_after(step):
         sums = Sums()
-        engine.module.eval()
-        held_out.add_batches(sums, engine, config.objective, _my_batches(split.eval, rows, config, device))
-        engine.module.train()
+        held = _my_batches(split.eval, rows, config, learner.device, watch.carried)
+        with learner.evaluating():
+            held_out.add_batches(sums, learner.evaluate, config.objective, held)
         metrics |= held_out.means(sums)
     return metrics
 
 
-def _my_batches(chosen: np.ndarray, rows: Rows, config: RunConfig, device: torch.device) -> list[Batch]:
+def _my_batches(
+    chosen: np.ndarray, rows: Rows, config: RunConfig, device: torch.device, carried: Mapping[str, float]
+) -> list[Batch]:
     """This rank's micro-batches of the chosen rows."""
     dealt = micro_batches(chosen, rows.lengths, dist.get_world_size(), config.train.tokens_per_micro_batch)
-    return [collate(rows.take(micro)).to(device) for micro in dealt[dist.get_rank()]]
+    return [replace(collate(rows.take(micro)), carried=carried).to(device) for micro in dealt[dist.get_rank()]]
 
 
 # ------------------------------------------------------------------------------------------------- parts
@@ -217,14 +224,33 @@ class Plan:
         return (step + 1) % every == 0 or step + 1 == self.total_steps
 
 
+class Watch:
+    """What a step's metrics mean for the next one: values to carry over, and alarms to raise once."""
+
+    def __init__(self, objective: Objective, before: Mapping[str, float]) -> None:
+        self._names, self._alarms = objective.needed().carried, list(objective.alarms)
+        self.carried: dict[str, float] = {name: before[name] for name in self._names if name in before}
+
+    def note(self, metrics: Mapping[str, float]) -> None:
+        """Keep what the next step wants, and warn of metrics that left their range."""
+        self.carried |= {name: metrics[name] for name in self._names if name in metrics}
+        for alarm in list(self._alarms):
+            value = metrics.get(alarm.metric)
+            if value is not None and not alarm.low <= value <= alarm.high:
+                self._alarms.remove(alarm)
+                if dist.get_rank() == 0:
+                    logger.warning("%s is %.4g: %s", alarm.metric, value, alarm.advice)
+
+
 class Saver:
     """Commits checkpoints of one attempt at a run; only the newest attempt may."""
 
     def __init__(self, job: Job, attempt: checkpoint.Attempt | None, resume: Path | None) -> None:
         self._run, self._settings, self._attempt = job.run, job.config.checkpoint, attempt
         self.resume = resume
-        state = checkpoint.read_state(resume) if resume else {"step": 0, "best": None}
+        state = checkpoint.read_state(resume) if resume else {"step": 0, "best": None, "metrics": {}}
         self.step: int = state["step"]
+        self.metrics: dict[str, float] = state["metrics"]  # of the last step
         self._best: dict[str, Any] | None = state["best"]  # {"step": …, "value": …}
 
     @classmethod
@@ -233,16 +259,17 @@ class Saver:
         attempt = checkpoint.Attempt.begin(job.run) if dist.get_rank() == 0 else None
         return cls(job, attempt, agree(checkpoint.latest(job.run) if attempt else None))
 
-    def save(self, engine: Engine, step: int, metrics: dict[str, float]) -> None:
+    def save(self, learner: Learner, step: int, metrics: dict[str, float]) -> None:
         """Write, commit and prune; collective. Raises `Superseded` on all ranks alike."""
         folder = agree(self._attempt.temporary(step) if self._attempt else None)
-        engine.save(folder)
+        learner.save(folder)
         dist.barrier()
         self._note_best(step, metrics)
         error = None
         if self._attempt is not None:
             try:
-                checkpoint.finish(folder, {"step": step, "best": self._best, "metrics": metrics}, self._attempt)
+                state = {"step": step, "updates": learner.updates(), "best": self._best, "metrics": metrics}
+                checkpoint.finish(folder, state, self._attempt)
                 best = checkpoint.path_of(self._run, self._best["step"]) if self._best else None
                 checkpoint.prune(self._run, self._settings.keep, best)
             except checkpoint.Superseded as superseded:

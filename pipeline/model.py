@@ -1,8 +1,8 @@
 """The policy: a causal language model (with or without LoRA) that turns a Batch into a PolicyOut.
 
-The prompt of a group is computed once: `[prompt | response 1 | … | response K]` under a block mask, with positions that
-restart at the prompt's end. The vocabulary projection runs at response positions only, in chunks. A model that cannot take
-such a mask runs its responses as separate rows instead, and says so.
+The prompt of a group is computed once (`trunk`); the vocabulary projection runs at response positions only, in chunks. A
+model that cannot take packed rows runs its responses as separate rows instead, and says so. Where an objective asks for the
+exact KL to the reference, the frozen reference runs beside it.
 
 Left out: where weights come from (`pretrained`), how they are trained (`engine`), what is made of log-probs (`objectives`).
 """
@@ -10,19 +10,18 @@ Left out: where weights come from (`pretrained`), how they are trained (`engine`
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.collate import collate, group_mask
 from pipeline.config import ConfigError, LoraSection, ModelConfig
-from pipeline.contracts import Batch, PolicyOut, Row
-from pipeline.ops import selected_logprobs
+from pipeline.contracts import Batch, Needs, PolicyOut
+from pipeline.ops import token_statistics
 from pipeline.pretrained import load_causal_lm, precision
+from pipeline.trunk import probe_batch, token_states, why_separate
 
 logger = logging.getLogger(__name__)
 
@@ -33,40 +32,71 @@ class Policy(nn.Module):
     Args:
         lm: the language model; LoRA layers are injected into it when `lora` is given.
         lora: adapter settings, or None to train all weights.
+        kl: which exact per-token KL to the reference to compute (`Needs.kl`); the reference is `frozen`, or with LoRA
+            and without `frozen` the same model with the adapter off.
+        frozen: the reference. It is no submodule: neither trained, nor partitioned, nor saved.
+        keep_states: fill `PolicyOut.states`, for a value head on this trunk.
     """
 
-    def __init__(self, lm: nn.Module, lora: LoraSection | None = None) -> None:
+    def __init__(
+        self,
+        lm: nn.Module,
+        lora: LoraSection | None = None,
+        kl: Literal["none", "forward", "reverse"] = "none",
+        frozen: nn.Module | None = None,
+        keep_states: bool = False,
+    ) -> None:
         super().__init__()
-        _remove_dropout(lm)
-        reason = _why_separate(lm)
-        self.shared_prompt = reason is None
-        if reason is not None:
-            logger.warning(
-                "%s: each response is computed with its own copy of the prompt (%s)", type(lm).__name__, reason
-            )
+        remove_dropout(lm)
+        _check_head(lm)
+        self.shared_prompt = packs(lm)
         self.lm = lm
+        self.kl: Literal["none", "forward", "reverse"] = kl
+        self.keep_states = keep_states
         self._adapter: Any = None
         if lora is not None:
             object.__setattr__(self, "_adapter", add_lora(lm, lora))  # not a submodule: parameters keep one name
+        if frozen is not None:
+            remove_dropout(frozen)
+        object.__setattr__(self, "_frozen", frozen)
+        assert kl == "none" or frozen is not None or lora is not None, "a KL needs a reference"
 
     def forward(self, batch: Batch) -> PolicyOut:
-        """Log-probs at every response token, [B, K, R] float32."""
-        hidden = _hidden(self.lm, batch) if self.shared_prompt else _hidden_separate(self.lm, batch)  # [N, D]
+        """Log-probs at every trained response token, and the KL to the reference there where asked for, [B, K, R] float32."""
+        states = token_states(self.lm, batch, self.shared_prompt)  # [N, D]
         ids = batch.response_ids[batch.response_mask]  # [N]
-        flat = selected_logprobs(hidden, ids, self.project, self.lm.config.get_text_config().vocab_size)
-        zeros = torch.zeros(batch.response_mask.shape, dtype=flat.dtype, device=flat.device)
-        return PolicyOut(logprobs=zeros.masked_scatter(batch.response_mask, flat))
+        vocabulary = self.lm.config.get_text_config().vocab_size
+        reference = None if self.kl == "none" else (self._reference_states(batch), self._reference_logits)
+        logprobs, kl = token_statistics(states, ids, self.project, vocabulary, reference=reference, kl=self.kl)
+        return PolicyOut(
+            logprobs=unflatten(logprobs, batch.response_mask),
+            kl=unflatten(kl, batch.response_mask) if kl is not None else None,
+            states=states.detach() if self.keep_states else None,
+        )
 
-    def project(self, hidden: Tensor) -> Tensor:
+    def project(self, states: Tensor) -> Tensor:
         """[N, D] → logits [N, V], through the head *module*: under ZeRO-3 its weight exists only while it runs."""
-        return _logits(self.lm, hidden)
+        return _logits(self.lm, states)
 
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """The reference policy of a LoRA run: the same weights with the adapter off."""
-        assert self._adapter is not None
-        with self._adapter.disable_adapter():
-            yield
+    @torch.no_grad()
+    def _reference_states(self, batch: Batch) -> Tensor:
+        with self._reference_weights() as lm:
+            return token_states(lm, batch, self.shared_prompt)
+
+    @torch.no_grad()
+    def _reference_logits(self, states: Tensor) -> Tensor:
+        with self._reference_weights() as lm:
+            return _logits(lm, states)
+
+    def _reference_weights(self) -> AbstractContextManager[nn.Module]:
+        if self._frozen is not None:
+            return nullcontext(self._frozen)
+        return _Without(self._adapter, self.lm)
+
+    def place(self, device: torch.device) -> None:
+        """Move the reference, which no engine knows of, to where the policy runs."""
+        if self._frozen is not None:
+            self._frozen.to(device)
 
     def merged(self) -> nn.Module:
         """The plain language model, adapters folded into its weights (for export; ends training)."""
@@ -77,68 +107,49 @@ class Policy(nn.Module):
         self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def load_policy(config: ModelConfig, path: str | Path, dtype: torch.dtype | None = None) -> Policy:
-    """The policy of a run, from the folder or hub name that `pretrained.locate` gave; weights in `dtype` (default: config)."""
-    lm = load_causal_lm(str(path), dtype or precision(config.dtype), config.attention, config.trust_remote_code)
-    policy = Policy(lm, config.lora)
+class _Without(AbstractContextManager):
+    """The same weights with the adapter off."""
+
+    def __init__(self, adapter: Any, lm: nn.Module) -> None:
+        self._off, self._lm = adapter.disable_adapter(), lm
+
+    def __enter__(self) -> nn.Module:
+        self._off.__enter__()
+        return self._lm
+
+    def __exit__(self, *error: Any) -> None:
+        self._off.__exit__(*error)
+
+
+def load_policy(
+    config: ModelConfig,
+    path: str | Path,
+    needs: Needs | None = None,
+    frozen: str | Path | None = None,
+    keep_states: bool = False,
+) -> Policy:
+    """The policy of a run, from the folder or hub name that `pretrained.locate` gave.
+
+    needs, frozen: what the objective asks of it, and the reference's weights, where that is an exact KL.
+    """
+
+    def load(source: str | Path) -> nn.Module:
+        return load_causal_lm(str(source), precision(config.dtype), config.attention, config.trust_remote_code)
+
+    kl = needs.kl if needs is not None else "none"
+    beside = kl != "none" and (config.lora is None or str(frozen) != str(path))
+    assert not beside or frozen is not None
+    reference = load(frozen).requires_grad_(False) if beside and frozen is not None else None
+    policy = Policy(load(path), config.lora, kl, reference, keep_states)
     if config.activation_checkpointing:
         policy.enable_activation_checkpointing()
     return policy
 
 
-# ------------------------------------------------------------------------------------------- hidden states
-
-
-def _backbone(lm: nn.Module) -> nn.Module:
-    return getattr(lm, lm.base_model_prefix)
-
-
-def _hidden(lm: nn.Module, batch: Batch) -> Tensor:
-    """Hidden states that predict the response tokens, from one pass over the packed rows. [N, D]"""
-    out = _backbone(lm)(
-        input_ids=batch.input_ids,
-        attention_mask=_attention_mask(lm, batch),
-        position_ids=batch.position_ids,
-        use_cache=False,
-    )
-    rows = torch.arange(len(batch.weight), device=batch.segment.device)[:, None, None].expand_as(batch.predictor)
-    return out.last_hidden_state[rows[batch.response_mask], batch.predictor[batch.response_mask]]
-
-
-def _hidden_separate(lm: nn.Module, batch: Batch) -> Tensor:
-    """The same states from B·K rows `[prompt | response]`, for models that cannot take a block mask. [N, D]"""
-    rows = []
-    for b, k in batch.valid.nonzero().tolist():
-        own = (batch.segment[b] == 0) | (batch.segment[b] == k + 1)
-        rows.append(batch.input_ids[b][own])
-    input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows], device=input_ids.device)
-    mask = torch.arange(input_ids.shape[1], device=input_ids.device)[None] < lengths[:, None]
-    hidden = _backbone(lm)(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
-    prompts = (batch.segment == 0).sum(-1)  # [B]
-    states = []
-    for row, (b, k) in zip(hidden, batch.valid.nonzero().tolist(), strict=True):
-        steps = batch.response_mask[b, k].nonzero().squeeze(-1)
-        states.append(row[prompts[b] - 1 + steps])
-    return torch.cat(states)
-
-
-def _attention_mask(lm: nn.Module, batch: Batch) -> Tensor | dict[str, Tensor]:
-    """The group mask as this model takes it: with its attention window, one mask per kind of layer where kinds differ."""
-    config = lm.config.get_text_config()
-    full = group_mask(batch.segment)
-    masks = {"full_attention": full}
-    if (window := getattr(config, "sliding_window", None)) is not None:
-        distance = batch.position_ids[:, :, None] - batch.position_ids[:, None, :]  # [B, T, T]
-        masks["sliding_attention"] = full & (distance < window)[:, None]
-    if lm.config._attn_implementation != "sdpa":  # eager attention adds its mask
-        lowest = torch.finfo(lm.dtype).min
-        masks = {k: torch.zeros_like(m, dtype=lm.dtype).masked_fill(~m, lowest) for k, m in masks.items()}
-    kinds = set(getattr(config, "layer_types", None) or [])
-    if len(kinds) > 1:
-        return masks
-    sliding = "sliding_attention" in kinds or (not kinds and window is not None)
-    return masks["sliding_attention" if sliding else "full_attention"]
+def unflatten(values: Tensor, mask: Tensor) -> Tensor:
+    """[N] at the mask's True places → [B, K, R], 0 elsewhere."""
+    zeros = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
+    return zeros.masked_scatter(mask, values)
 
 
 def _logits(lm: nn.Module, hidden: Tensor) -> Tensor:
@@ -157,39 +168,31 @@ def _logits(lm: nn.Module, hidden: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------- checks
 
 
-@torch.no_grad()
-def _why_separate(lm: nn.Module) -> str | None:
-    """None if the packed forward gives this model's own log-probs, else the reason why it does not.
+def packs(lm: nn.Module) -> bool:
+    """Whether this model takes packed rows; if not, says why in the log."""
+    reason = why_separate(lm)
+    if reason is not None:
+        logger.warning("%s: each response is computed with its own copy of the prompt (%s)", type(lm).__name__, reason)
+    return reason is None
 
-    A tiny group is computed three ways. That costs milliseconds, and catches architectures that ignore masks or
-    positions (recurrent ones) and ones that transform logits in a way that `_logits` does not know (an error).
-    """
-    vocabulary = lm.config.get_text_config().vocab_size
-    prompt, responses = [5, 11, 7], [[13, 4], [9, 3]]
-    prompt, responses = [i % vocabulary for i in prompt], [[i % vocabulary for i in r] for r in responses]
-    batch = collate([Row(0, prompt, responses)])
-    batch = batch.to(lm.device)
-    was_training = lm.training
+
+@torch.no_grad()
+def _check_head(lm: nn.Module) -> None:
+    """Raises ConfigError where `_logits` is not what the model does: some transform logits behind their head."""
+    batch, was_training = probe_batch(lm), lm.training
     lm.eval()
     try:
-        separate = _logits(lm, _hidden_separate(lm, batch)).float().log_softmax(-1)
-        rows = torch.tensor([prompt + r[:1] for r in responses], device=lm.device)
+        ours = _logits(lm, token_states(lm, batch, shared_prompt=False)).float().log_softmax(-1)
+        prompt = batch.input_ids[0, : int(batch.predictor[0, 0, 0]) + 1]
+        rows = torch.stack([torch.cat([prompt, ids[:1]]) for ids in batch.response_ids[0]])
         own = lm(input_ids=rows).logits[:, -2:].flatten(0, 1).float().log_softmax(-1)
-        tolerance = 1e-3 if lm.dtype == torch.float32 else 0.2
-        if (separate - own).abs().max() > tolerance:
-            raise ConfigError(f"model.path: {type(lm).__name__} transforms its logits in a way qalign does not know")
-        try:
-            shared = _logits(lm, _hidden(lm, batch)).float().log_softmax(-1)
-        except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
-            return f"it does not accept a block mask: {' '.join(str(error).split())[:200]}"
     finally:
         lm.train(was_training)
-    if (gap := float((separate - shared).abs().max())) > tolerance:
-        return f"its log-probs change by {gap:.2g} under a block mask"
-    return None
+    if (ours - own).abs().max() > (1e-3 if lm.dtype == torch.float32 else 0.2):
+        raise ConfigError(f"model.path: {type(lm).__name__} transforms its logits in a way qalign does not know")
 
 
-def _remove_dropout(lm: nn.Module) -> None:
+def remove_dropout(lm: nn.Module) -> None:
     """Preference objectives compare two models: the policy at step 0 has to be the reference."""
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
@@ -199,13 +202,13 @@ def _remove_dropout(lm: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def add_lora(lm: nn.Module, lora: LoraSection) -> Any:
+def add_lora(lm: nn.Module, lora: LoraSection, task: str = "CAUSAL_LM") -> Any:
     """Inject adapters into `lm` in place; returns peft's handle. Only the adapters stay trainable."""
     import peft
 
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     settings = peft.LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type="CAUSAL_LM"
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type=task
     )
     try:
         return peft.get_peft_model(lm, settings)

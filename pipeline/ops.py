@@ -6,36 +6,87 @@ D hidden width, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 LOGIT_CHUNK_BYTES = 64 * 2**20
 """Size of one chunk's float32 logits. Small enough to stay in memory next to any model, large enough for full GEMM speed."""
 
 
-def selected_logprobs(hidden: Tensor, ids: Tensor, project: Callable[[Tensor], Tensor], vocabulary: int) -> Tensor:
-    """log softmax(project(hidden))[ids] without ever holding all logits.
+Projection = Callable[[Tensor], Tensor]
+"""A language model's output head: hidden states [N, D] → logits [N, V]."""
 
-    hidden [N, D], ids [N] → [N] float32, nats. Logits exist for one chunk at a time and are recomputed in the
-    backward pass; they are float32 inside the chunk whatever `hidden`'s type, because a bfloat16 logsumexp over a
-    large vocabulary is off by several percent.
+
+def selected_logprobs(hidden: Tensor, ids: Tensor, project: Projection, vocabulary: int) -> Tensor:
+    """log softmax(project(hidden))[ids]: `token_statistics` without a reference. [N, D], [N] → [N] float32, nats."""
+    return token_statistics(hidden, ids, project, vocabulary)[0]
+
+
+def token_statistics(
+    hidden: Tensor,
+    ids: Tensor,
+    project: Projection,
+    vocabulary: int,
+    reference: tuple[Tensor, Projection] | None = None,
+    kl: Literal["none", "forward", "reverse"] = "none",
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probability of each token, and the KL of the whole next-token distributions, without ever holding all logits.
+
+    hidden [N, D], ids [N], reference = (hidden states [N, D′], its output head) → (log-probs [N], KL [N] or None), float32,
+    nats. forward = KL(π_ref ‖ π), reverse = KL(π ‖ π_ref). Logits exist for one chunk at a time and are recomputed in the
+    backward pass; no gradient reaches the reference. They are float32 inside the chunk whatever `hidden`'s type, because
+    a bfloat16 logsumexp over a large vocabulary is off by several percent.
     """
     assert hidden.dim() == 2 and ids.shape == hidden.shape[:1]
+    assert (reference is None) == (kl == "none"), "a KL needs a reference, and nothing else does"
+    if reference is None:
+        return _in_chunks(partial(_logprobs, project), (hidden, ids), vocabulary)[0], None
+    states, ref_project = reference
+    assert states.shape[:1] == ids.shape
+    chunk = partial(_logprobs_and_kl, project, ref_project, kl)
+    logprobs, divergence = _in_chunks(chunk, (hidden, ids, states), 2 * vocabulary)
+    return logprobs, divergence
 
-    def chunk_logprobs(h: Tensor, i: Tensor) -> Tensor:
-        logits = project(h).float()
-        return logits.gather(-1, i[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
-    rows = max(1, LOGIT_CHUNK_BYTES // (4 * vocabulary))
-    recompute = torch.is_grad_enabled() and hidden.requires_grad
+def _in_chunks(function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], width: int) -> list[Tensor]:
+    """function over the first dimension of `inputs`, as many rows at a time as `width` floats each leave room for."""
+    rows = max(1, LOGIT_CHUNK_BYTES // (4 * width))
+    recompute = torch.is_grad_enabled() and inputs[0].requires_grad
     # An empty batch still goes through once: every rank has to reach the head for collectives to match.
-    chunks = []
-    for h, i in zip(hidden.split(rows), ids.split(rows), strict=True):
-        chunks.append(checkpoint(chunk_logprobs, h, i, use_reentrant=False) if recompute else chunk_logprobs(h, i))
-    return torch.cat(chunks)
+    parts = []
+    for chunk in zip(*(x.split(rows) for x in inputs), strict=True):
+        parts.append(checkpoint(function, *chunk, use_reentrant=False) if recompute else function(*chunk))
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+def _logprobs(project: Projection, hidden: Tensor, ids: Tensor) -> tuple[Tensor]:
+    logits = project(hidden).float()
+    return (logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1),)
+
+
+def _logprobs_and_kl(
+    project: Projection, ref_project: Projection, kl: str, hidden: Tensor, ids: Tensor, ref_hidden: Tensor
+) -> tuple[Tensor, Tensor]:
+    logp = project(hidden).float().log_softmax(-1)
+    with torch.no_grad():
+        ref_logp = ref_project(ref_hidden).float().log_softmax(-1)
+    if logp.shape != ref_logp.shape:
+        raise ValueError(
+            f"model.reference: its vocabulary has {ref_logp.shape[-1]} entries, the policy's {logp.shape[-1]}; "
+            "a KL needs two models of one vocabulary"
+        )
+    of, to = (ref_logp, logp) if kl == "forward" else (logp, ref_logp)
+    chance = of.exp()
+    # A token that cannot occur adds nothing, however impossible it is to the other: 0 · (−inf − x) would be nan.
+    gap = (of - to).masked_fill(chance == 0, 0.0)
+    return logp.gather(-1, ids[:, None]).squeeze(-1), (chance * gap).sum(-1)
 
 
 def exp_neg(x: Tensor, limit: float = 40.0) -> Tensor:
@@ -53,3 +104,57 @@ def exp_neg(x: Tensor, limit: float = 40.0) -> Tensor:
 def tail_logsumexp(scores: Tensor) -> Tensor:
     """[..., K] → [..., K]: log Σ_{j ≥ k} e^{score_j} for each k."""
     return scores.flip(-1).logcumsumexp(-1).flip(-1)
+
+
+# ------------------------------------------------------------------------------------------------- returns
+
+
+def discounted_sums(addend: Tensor, factor: Tensor) -> Tensor:
+    """X_h = addend_h + factor_h · X_{h+1} over the last dimension, X = 0 behind its end. Both [..., R] → [..., R].
+
+    ⌈log₂ R⌉ rounds of doubling instead of R steps: after each, X_h holds the first 1, 2, 4, … addends from h on, and
+    `carry` the product of the factors over them. Nothing is divided by, so any factor from 0 to 1 is safe in float32.
+    """
+    assert addend.shape == factor.shape
+    total, carry, span = addend, factor, 1
+    while span < addend.shape[-1]:
+        total = total + carry * _ahead(total, span)
+        carry = carry * _ahead(carry, span)
+        span *= 2
+    return total
+
+
+def following(x: Tensor, reward: Tensor, mask: Tensor) -> Tensor:
+    """What comes behind each token: `x` at the next policy token, plus the environment's rewards on the way there.
+
+    x, reward, mask [..., R] → [..., R]; mask marks policy tokens. Behind the last one only those rewards are left, and 0
+    behind the end.
+    """
+    here = discounted_sums(torch.where(mask, x, reward), (~mask).to(reward.dtype))
+    return _ahead(here, 1)
+
+
+def lambda_returns(reward: Tensor, values: Tensor, mask: Tensor, lam: float) -> Tensor:
+    """G_h = r_h + (1−λ)·V(next) + λ·G(next) at policy tokens, 0 elsewhere; nothing is left behind the end.
+
+    reward, values, mask [B, K, R] → [B, K, R]; `reward` may hold −βρ, too (DQO, arXiv 2410.09302, Eq. 14–16: the sum over
+    n-step returns comes to this recursion). λ = 1 is the Monte-Carlo return, λ = 0 the one-step target. The
+    environment's tokens are no actions and have no value: a reward on them counts for the policy token before them.
+    """
+    policy = mask.to(reward.dtype)
+    stays = torch.where(mask, (1 - lam) * values + lam * reward, reward)
+    behind = _ahead(discounted_sums(stays, 1 - (1 - lam) * policy), 1)
+    return (reward + behind) * policy
+
+
+def importance_weights(log_ratio: Tensor, cap: float) -> Tensor:
+    """min(e^Σ, cap) of whole trajectories' log-ratios Σ = log π − log μ, any shape, elementwise; passes no gradient.
+
+    Capped before the exponential, which would overflow. The one-sided cap is that of OREO's published code (e).
+    """
+    return log_ratio.detach().clamp(max=math.log(cap)).exp()
+
+
+def _ahead(x: Tensor, n: int) -> Tensor:
+    """x_{h+n} at h, 0 where that is behind the end."""
+    return pad(x[..., n:], (0, min(n, x.shape[-1])))

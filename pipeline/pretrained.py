@@ -219,30 +219,99 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """The causal language model of what `locate` gave, on the CPU, in evaluation mode.
 
-    Weights that the checkpoint lacks would start out random: refused. Raises `ConfigError`.
+    Weights that the checkpoint lacks would start out random: refused, as is a reward model. Raises `ConfigError`.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+
+    names = getattr(load_config(path, trust_remote_code, key), "architectures", None) or [""]
+    if names[0].endswith("ForSequenceClassification"):
+        raise ConfigError(f"{key}: {path} is a reward model, which has no words to say; name a language model")
+    model, lacking = _load(
+        AutoModelForCausalLM, path, dtype, attention, trust_remote_code, key, "a causal language model"
+    )
+    _refuse_lacking(lacking, path, key, "causal language model")
+    return model
+
+
+def load_backbone(
+    path: str, dtype: torch.dtype, attention: Literal["sdpa", "eager"] = "sdpa", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The transformer below the output head of what `locate` gave. Raises `ConfigError`."""
+    from transformers import AutoModel
+
+    model, lacking = _load(AutoModel, path, dtype, attention, trust_remote_code, "model.path", "a language model")
+    _refuse_lacking(lacking, path, "model.path", "language model")
+    return model
+
+
+def load_scorer(
+    path: str,
+    dtype: torch.dtype,
+    attention: Literal["sdpa", "eager"] = "sdpa",
+    trust_remote_code: bool = False,
+    key: str = "model.path",
+) -> PreTrainedModel:
+    """A sequence classifier with one label (a reward model) on the CPU, in evaluation mode.
+
+    Its head `score` is zero where `path` is a plain language model. Raises `ConfigError`.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    model, lacking = _load(
+        AutoModelForSequenceClassification,
+        path,
+        dtype,
+        attention,
+        trust_remote_code,
+        key,
+        "a sequence classifier",
+        num_labels=1,
+    )
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise ConfigError(f"{key}: {type(model).__name__} has no linear head `score`; use a decoder-only model")
+    if "score.weight" in lacking:
+        torch.nn.init.zeros_(model.score.weight)
+    _refuse_lacking([name for name in lacking if not name.startswith("score.")], path, key, "language model")
+    return model
+
+
+def _load(
+    kind: Any,
+    path: str,
+    dtype: torch.dtype,
+    attention: str,
+    trust_remote_code: bool,
+    key: str,
+    what: str,
+    **settings: Any,
+) -> tuple[PreTrainedModel, list[str]]:
+    """A model of this auto class, in evaluation mode, and the names of weights that the checkpoint lacks."""
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     if Path(path).is_dir():
         logging.disable_progress_bar()  # local weights load in moments; downloads keep their bar
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is missing or unused is ours to tell
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = kind.from_pretrained(
             path,
             dtype=dtype,
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **settings,
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise _not_loadable("a causal language model", path, key, error) from None
-    if info["missing_keys"]:
-        lacking = sorted(info["missing_keys"])
-        raise ConfigError(
-            f"{key}: {path} lacks {len(lacking)} weights ({lacking[0]}, …); it is not a complete causal language model"
-        )
-    return model.eval()
+        raise _not_loadable(what, path, key, error) from None
+    finally:
+        logging.set_verbosity(verbosity)
+    return model.eval(), sorted(info["missing_keys"])
+
+
+def _refuse_lacking(lacking: list[str], path: str, key: str, what: str) -> None:
+    if lacking:
+        raise ConfigError(f"{key}: {path} lacks {len(lacking)} weights ({lacking[0]}, …); it is not a complete {what}")
 
 
 def _not_loadable(what: str, path: str, key: str, error: Exception) -> ConfigError:

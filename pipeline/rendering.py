@@ -35,6 +35,9 @@ class Rendered:
     prompt_tokens_cut: int
     responses_cut: int
     text: str  # prompt and best response as the tokenizer read them, before truncation
+    trained: list[list[bool]] | None = None  # K × [R_k]: False on the environment's tokens; None: nowhere
+    token_rewards: list[list[float]] | None = None  # K × [R_k]; None: the kind has no rewards
+    behaviour_logprobs: list[float | None] | None = None  # K: log μ(response), nats; None: nowhere
 
 
 class Renderer:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from pipeline.errors import UserError
 from pipeline.order import MicroBatch
 
 MANIFEST = "manifest.json"
+_COLUMNS = tuple(field.name for field in fields(Row) if field.name in ROW_SCHEMA.names)
 
 
 class StaleCache(UserError, ValueError):
@@ -131,10 +132,10 @@ class Rows:
 
     def __getitem__(self, position: int) -> Row:
         place = int(self._order[position])
-        fields = {name: _cell(self._table, name, place) for name in ("row_id", "prompt_ids", "response_ids", "weight")}
+        found = {name: _cell(self._table, name, place) for name in _COLUMNS}
         if self._reference is not None:
-            fields["ref_logprobs"] = _cell(self._reference, "ref_logprobs", int(self._reference_order[position]))
-        return Row(**fields)
+            found["ref_logprobs"] = _cell(self._reference, "ref_logprobs", int(self._reference_order[position]))
+        return Row(**found)
 
     def source(self, position: int) -> str:
         """Where the row came from, `file:line`."""
@@ -143,9 +144,7 @@ class Rows:
     def take(self, micro: MicroBatch) -> list[Row]:
         """The rows of a micro-batch; those of a filler have weight 0."""
         rows = [self[position] for position in micro.rows]
-        if not micro.filler:
-            return rows
-        return [Row(r.row_id, r.prompt_ids, r.response_ids, r.ref_logprobs, weight=0.0) for r in rows]
+        return [replace(row, weight=0.0) for row in rows] if micro.filler else rows
 
     def split(self, data: DataConfig, seed: int) -> Split:
         """Training and held-out positions: by eval source, or by prompt; then the mix of shares."""

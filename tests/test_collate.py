@@ -25,6 +25,46 @@ def test_one_row_by_hand() -> None:
     assert batch.row_ids.tolist() == [7]
 
 
+def test_environment_tokens_are_context_and_masked() -> None:
+    row = Row(
+        0,
+        [1, 2],
+        [[3, 4, 5], [6]],
+        trained=[[True, False, True], [True]],
+        token_rewards=[[0.5, 0.25, 1.0], [-1.0]],
+        behaviour_logprobs=[-2.0, None],
+    )
+    batch = collate([row, Row(1, [1], [[7, 8]])])
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6], [1, 7, 8, 0, 0, 0]]
+    assert batch.segment.tolist()[0] == [0, 0, 1, 1, 1, 2]
+    assert batch.position_ids.tolist()[0] == [0, 1, 2, 3, 4, 2]
+    assert batch.predictor.tolist()[0] == [[1, 2, 3], [1, 0, 0]]
+    assert batch.response_mask.tolist() == [
+        [[True, False, True], [True, False, False]],
+        [[True, True, False], [False, False, False]],
+    ]
+    assert batch.valid.tolist() == [[True, True], [True, False]]
+    assert batch.token_rewards.tolist() == [[[0.5, 0.25, 1.0], [-1.0, 0, 0]], [[0, 0, 0], [0, 0, 0]]]
+    assert batch.returns.tolist() == [[1.75, -1.0], [0, 0]]
+    assert batch.behaviour_logprobs[0, 0] == -2.0
+    assert batch.behaviour_logprobs.isnan().tolist() == [[False, True], [True, True]]
+
+
+def test_what_no_row_has_is_no_tensor() -> None:
+    batch = collate([WORKED])
+    assert (batch.token_rewards, batch.behaviour_logprobs) == (None, None)
+
+
+def test_a_mismatched_response_is_computed_and_not_counted() -> None:
+    batch = collate([Row(0, [1], [[2, 3], [4]], mismatched=True), Row(1, [1], [[5]])])
+    assert batch.response_mask.tolist() == [[[True, True], [True, False]], [[True, False], [False, False]]]
+    assert batch.valid.tolist() == [[True, False], [True, False]]
+
+
+def test_a_response_without_a_token_to_train_on_is_not_valid() -> None:
+    assert collate([Row(0, [1], [[2, 3], [4]], trained=[[False, False], [True]])]).valid.tolist() == [[False, True]]
+
+
 def test_mask_by_hand() -> None:
     seen = group_mask(torch.tensor([[0, 0, 1, 1, 2, -1]]))[0, 0].int().tolist()
     assert seen == [

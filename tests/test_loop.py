@@ -94,9 +94,9 @@ def test_every_row_is_used_once_per_epoch(make_config, monkeypatch) -> None:
     seen: list[int] = []
     real = loop.train_step
 
-    def watch(engine, objective, batches, lr):
+    def watch(learner, objective, batches, *rest):
         seen.extend(int(r) for b in batches for r, w in zip(b.row_ids, b.weight, strict=True) if w > 0)
-        return real(engine, objective, batches, lr)
+        return real(learner, objective, batches, *rest)
 
     monkeypatch.setattr(loop, "train_step", watch)
     train(job_of(make_config("train.epochs=2", "train.rows_per_step=7")))
@@ -110,11 +110,11 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_rows(make_config, mo
     real = loop.train_step
     calls = []
 
-    def poisoned(engine, objective, batches, lr):
+    def poisoned(learner, objective, batches, *rest):
         calls.append(1)
         if len(calls) == 2:
             batches[0].ref_logprobs[0, 0, 0] = float("nan")
-        return real(engine, objective, batches, lr)
+        return real(learner, objective, batches, *rest)
 
     monkeypatch.setattr(loop, "train_step", poisoned)
     with pytest.raises(Diverged, match=r"step 2: the loss is nan; .* row ids: \[\d+, "):

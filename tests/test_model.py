@@ -134,21 +134,56 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
         assert torch.equal(one, other)
 
 
+def exact_kl(of: torch.nn.Module, to: torch.nn.Module, row: Row, k: int) -> torch.Tensor:
+    """KL(of ‖ to) before each token of one response, from whole logits."""
+    ids = torch.tensor([row.prompt_ids + row.response_ids[k]])
+    p, q = (lm(input_ids=ids).logits[0, len(row.prompt_ids) - 1 : -1].float().log_softmax(-1) for lm in (of, to))
+    return (p.exp() * (p - q)).sum(-1)
+
+
+@pytest.mark.parametrize("kl", ["forward", "reverse"])
+def test_kl_to_the_frozen_reference_is_exact_and_only_the_policy_gets_a_gradient(kl: str) -> None:
+    lm, frozen = build("llama"), build("llama")
+    with torch.no_grad():
+        for p in lm.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    policy, batch = Policy(lm, kl=kl, frozen=frozen), collate(ROWS)
+    out = policy(batch).kl
+    assert (out[~batch.response_mask] == 0).all()
+    expected = torch.zeros_like(out)
+    for b, row in enumerate(ROWS):
+        for k, response in enumerate(row.response_ids):
+            of, to = (frozen, lm) if kl == "forward" else (lm, frozen)
+            expected[b, k, : len(response)] = exact_kl(of, to, row, k)
+    assert expected.max() > 0.05
+    torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
+    weights = torch.rand(out.shape)
+    ours = torch.autograd.grad((out * weights).sum(), list(lm.parameters()))
+    plain = torch.autograd.grad((expected * weights).sum(), list(lm.parameters()))
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3)
+    assert all(p.grad is None for p in frozen.parameters())
+    assert not any(p is q for p in policy.parameters() for q in frozen.parameters()), "the engine never sees it"
+
+
 def test_lora_trains_adapters_only_and_its_reference_is_the_base_model() -> None:
-    base = Policy(build("llama"))(collate(ROWS)).logprobs
-    policy = Policy(build("llama"), LoraSection(r=4, alpha=8))
+    base = build("llama")
+    policy = Policy(build("llama"), LoraSection(r=4, alpha=8), kl="reverse")
     trainable = [name for name, p in policy.named_parameters() if p.requires_grad]
     assert trainable
     assert all("lora_" in name for name in trainable)
+    assert policy(collate(ROWS)).kl.abs().max() < 1e-6
     with torch.no_grad():
         for name, p in policy.named_parameters():
             if "lora_B" in name:
                 p.normal_()
-    moved = policy(collate(ROWS)).logprobs
-    assert (moved - base).abs().max() > 0.1
-    with policy.reference():
-        torch.testing.assert_close(policy(collate(ROWS)).logprobs, base)
-    torch.testing.assert_close(Policy(policy.merged())(collate(ROWS)).logprobs, moved, atol=1e-4, rtol=1e-4)
+    out = policy(collate(ROWS))
+    assert (out.logprobs - Policy(base)(collate(ROWS)).logprobs).abs().max() > 0.1
+    out.kl.sum().backward()
+    assert all(p.grad is not None for p in policy.parameters() if p.requires_grad), "the adapter is on again"
+    merged = policy.merged()
+    torch.testing.assert_close(Policy(merged)(collate(ROWS)).logprobs, out.logprobs, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out.kl[0, 0, :6], exact_kl(merged, base, ROWS[0], 0), atol=2e-4, rtol=1e-3)
 
 
 def test_lora_on_modules_that_do_not_exist_is_one_clear_line() -> None:

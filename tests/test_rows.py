@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ def row(row_id: int, source: int = 0, prompt: int | None = None) -> dict:
         "prompt_ids": [1] * (row_id % 4 + 1),
         "response_ids": responses,
         "weight": 1.0,
+        "mismatched": False,
     }
 
 
@@ -65,6 +67,21 @@ def test_a_filler_has_no_weight(tmp_path: Path) -> None:
     rows = Rows(write(tmp_path / "rows", [row(0), row(1)]))
     assert [r.weight for r in rows.take(MicroBatch((0, 1)))] == [1.0, 1.0]
     assert [r.weight for r in rows.take(MicroBatch((1,), filler=True))] == [0.0]
+
+
+def test_rewards_turns_and_behaviour_come_back_and_fillers_keep_them(tmp_path: Path) -> None:
+    rewarded = row(1) | {
+        "trained": [[True, False], [True]],
+        "token_rewards": [[0.25, 0.0], [-1.0]],
+        "behaviour_logprobs": [-2.5, None],
+        "mismatched": True,
+    }
+    rows = Rows(write(tmp_path / "rows", [row(0), rewarded]))
+    plain, found = rows.take(MicroBatch((0, 1)))
+    assert (plain.trained, plain.token_rewards, plain.behaviour_logprobs, plain.mismatched) == (None, None, None, False)
+    assert (found.trained, found.token_rewards) == ([[True, False], [True]], [[0.25, 0.0], [-1.0]])
+    assert (found.behaviour_logprobs, found.mismatched) == ([-2.5, None], True)
+    assert rows.take(MicroBatch((1,), filler=True)) == [replace(found, weight=0.0)]
 
 
 def test_a_missing_reference_row_is_refused_by_number(tmp_path: Path) -> None:

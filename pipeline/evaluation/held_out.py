@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,11 +14,14 @@ from pipeline.collate import collate
 from pipeline.config import RunConfig
 from pipeline.config_file import validate
 from pipeline.contracts import Batch, Mean, Objective, PolicyOut
+from pipeline.learner import load_trained
 from pipeline.metrics import Sums, batch_metrics
-from pipeline.model import load_policy
 from pipeline.order import micro_batches
 from pipeline.rows import Rows
 from pipeline.stage import Item, Resources, run_stage
+
+if TYPE_CHECKING:
+    from pipeline.driver import Prepared
 
 PIECE_ROWS = 256
 
@@ -54,31 +58,46 @@ def _constant(value: float, like: torch.Tensor) -> Mean:
 class ScorePiece:
     """The actor: positions of held-out rows → undivided sums."""
 
-    def __init__(self, config: dict[str, Any], model: str, rows: str, reference: str | None) -> None:
+    def __init__(
+        self,
+        config: dict[str, Any],
+        model: str,
+        rows: str,
+        reference: str | None,
+        frozen: str,
+        carried: dict[str, float],
+    ) -> None:
         self.config: RunConfig = validate(config)
         self.rows = Rows(Path(rows), Path(reference) if reference else None)
-        settings = self.config.model.model_copy(update={"lora": None, "activation_checkpointing": False})
+        self.carried = carried
         self.device = torch.device("cuda" if self.config.scaling.gpus_per_worker else "cpu")
-        self.policy = load_policy(settings, model).to(self.device).eval()
+        self.forward = load_trained(self.config, model, frozen, self.device)
 
     def __call__(self, item: Item) -> Item:
         sums = Sums()
         dealt = micro_batches(item["positions"], self.rows.lengths, 1, self.config.train.tokens_per_micro_batch)[0]
-        batches = (collate(self.rows.take(micro)).to(self.device) for micro in dealt)
-        add_batches(sums, self.policy, self.config.objective, batches)
+        batches = (replace(collate(self.rows.take(m)), carried=self.carried).to(self.device) for m in dealt)
+        add_batches(sums, self.forward, self.config.objective, batches)
         return {"sums": sums.plain()}
 
 
 def held_out(
-    config: RunConfig, model: str, rows: Path, reference: Path | None, positions: np.ndarray, local: bool
+    config: RunConfig,
+    prepared: Prepared,
+    model: str,
+    positions: np.ndarray,
+    local: bool,
+    carried: Mapping[str, float],
 ) -> Mapping[str, float]:
-    """Metrics of the exported weights at `model` on the rows at `positions`."""
+    """Metrics of the exported weights at `model` on the prepared rows at `positions`; `carried` as in `Batch`."""
     pieces = np.array_split(np.sort(positions), max(1, len(positions) // PIECE_ROWS))
     arguments = {
         "config": config.dump(),
         "model": model,
-        "rows": str(rows),
-        "reference": str(reference) if reference else None,
+        "rows": str(prepared.rows),
+        "reference": str(prepared.reference) if prepared.reference else None,
+        "frozen": prepared.frozen,
+        "carried": dict(carried),
     }
     scaling = config.scaling
     resources = Resources(cpus=scaling.cpus_per_worker, gpus=scaling.gpus_per_worker, actors=scaling.data_actors)

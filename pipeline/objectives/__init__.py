@@ -6,13 +6,19 @@ import importlib
 
 from pipeline.contracts import Objective
 from pipeline.objectives.dpo import Dpo
+from pipeline.objectives.dqo import Dqo
+from pipeline.objectives.dro import Dro
 from pipeline.objectives.f_dpo import FDpo
 from pipeline.objectives.ipo import Ipo
+from pipeline.objectives.kto import Kto
+from pipeline.objectives.oreo import Oreo
 from pipeline.objectives.orpo import Orpo
 from pipeline.objectives.plackett_luce import PlackettLuce
 from pipeline.objectives.rejection_sft import RejectionSft
+from pipeline.objectives.reward_model import RewardModel
 from pipeline.objectives.sft import Sft
 from pipeline.objectives.simpo import SimPo
+from pipeline.objectives.tdpo import Tdpo
 from pipeline.objectives.unlikelihood import Unlikelihood
 
 OBJECTIVES: dict[str, type[Objective]] = {
@@ -25,6 +31,12 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "orpo": Orpo,
     "unlikelihood": Unlikelihood,
     "rejection_sft": RejectionSft,
+    "tdpo": Tdpo,
+    "kto": Kto,
+    "dro": Dro,
+    "dqo": Dqo,
+    "oreo": Oreo,
+    "reward_model": RewardModel,
 }
 
 

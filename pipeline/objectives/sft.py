@@ -12,12 +12,12 @@ from pipeline.contracts import Batch, LossOut, Needs, Objective, PolicyOut, Term
 class Sft(Objective):
     """L = −Σ log π(token) / number of tokens, over the best response of each prompt.
 
-    On preference pairs and rankings only the chosen / best response is trained on (Preferred-FT of the DPO paper,
-    arXiv 2305.18290 §6), so that SFT → DPO needs one data set. Its own metrics: none beside `loss`, which is the
-    token-level cross-entropy in nats.
+    On pairs, rankings and trajectories only the chosen / best one is trained on (Preferred-FT of the DPO paper,
+    arXiv 2305.18290 §6), so that SFT → DPO needs one data set; of a trajectory the policy's tokens alone. Its own metrics:
+    none beside `loss`, which is the token-level cross-entropy in nats.
     """
 
-    needs: ClassVar[Needs] = Needs(records=frozenset({"demonstration", "preference", "ranking"}))
+    needs: ClassVar[Needs] = Needs(records=frozenset({"demonstration", "preference", "ranking", "trajectory"}))
 
     def weight(self, batch: Batch) -> dict[str, Tensor]:
         return {"nll": (batch.response_mask[:, 0].sum(-1) * batch.weight).sum()}

@@ -1,0 +1,143 @@
+"""What learns in a run: the policy, and the critic where the objective has one, behind the calls of one engine.
+
+    learner = Learner.start(job, device, resume)
+    out = learner(batch);  learner.backward(losses, last=…)  per micro-batch;  learner.step(step, total)  per optimizer step
+
+Both are updated from the same forward: values and log-probs are those from before the step.
+
+Left out: DeepSpeed (`engine`), losses (`objectives`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.config import RunConfig
+from pipeline.contracts import Batch, PolicyOut, TermGroup
+from pipeline.critic import CRITIC, Critic, load_critic, load_trained_critic
+from pipeline.engine import Engine, lr_at
+from pipeline.model import Policy, load_policy
+from pipeline.reward import RewardNetwork, load_reward_network
+
+
+def load_networks(config: RunConfig, model: str, frozen: str | None) -> tuple[Policy | RewardNetwork, Critic | None]:
+    """The networks that the objective asks for, from the weights at `model`; `frozen` holds the reference's."""
+    needs = config.objective.needed()
+    if needs.model == "reward":
+        return load_reward_network(config.model, model), None
+    head = needs.critic and config.critic.architecture == "head"
+    policy = load_policy(config.model, model, needs, frozen, keep_states=head)
+    return policy, load_critic(config, model) if needs.critic else None
+
+
+def forward(
+    policy: Callable[[Batch], PolicyOut], critic: Callable[[Batch, PolicyOut], Tensor] | None, batch: Batch
+) -> PolicyOut:
+    """The policy's output, with the critic's values where there is one."""
+    out = policy(batch)
+    return out if critic is None else replace(out, values=critic(batch, out))
+
+
+def load_trained(
+    config: RunConfig, model: str, frozen: str | None, device: torch.device
+) -> Callable[[Batch], PolicyOut]:
+    """The forward of what a run exported to `model`, for evaluation: adapters are merged, the critic lies beside."""
+    needs = config.objective.needed()
+    settings = config.model.model_copy(update={"lora": None, "activation_checkpointing": False})
+    if needs.model == "reward":
+        return load_reward_network(settings, model).to(device).eval()
+    critic = load_trained_critic(config, Path(model) / CRITIC).to(device).eval() if needs.critic else None
+    keep_states = critic is not None and critic.trunk is None
+    policy = load_policy(settings, model, needs, frozen, keep_states).to(device).eval()
+    policy.place(device)
+    return partial(forward, policy, critic)
+
+
+class Learner:
+    """The engines of one run on this rank; every method is collective.
+
+    Args:
+        policy: the engine of the terms of group "policy".
+        critic: the engine of the terms of group "critic", or None.
+        alone: so many steps at the start train the critic alone.
+    """
+
+    def __init__(self, policy: Engine, critic: Engine | None = None, alone: int = 0) -> None:
+        self.policy, self.critic = policy, critic
+        self.rank: int = policy.rank
+        self.device: torch.device = policy.device
+        self._alone = alone if critic is not None else 0
+        self._engines: dict[TermGroup, Engine] = {"policy": policy} | ({"critic": critic} if critic else {})
+
+    @classmethod
+    def start(
+        cls, config: RunConfig, model: str, frozen: str | None, device: torch.device, resume: Path | None
+    ) -> Learner:
+        """Load the networks and go on from the checkpoint `resume`, if there is one."""
+        network, critic = load_networks(config, model, frozen)
+        if isinstance(network, Policy):
+            network.place(device)
+        policy = Engine(network, config, device, resume)
+        if critic is None:
+            return cls(policy)
+        return cls(policy, Engine(critic, config, device, resume, role="critic"), config.critic.steps_alone)
+
+    def __call__(self, batch: Batch, step: int = 0) -> PolicyOut:
+        """log π, and V(s) where there is a critic; while the critic trains alone, log π has no gradient."""
+        if step >= self._alone:
+            return forward(self.policy, self.critic, batch)
+        with torch.no_grad():
+            out = self.policy(batch)
+        assert self.critic is not None
+        return replace(out, values=self.critic(batch, out))
+
+    def backward(self, losses: Mapping[TermGroup, Tensor], last: bool, step: int = 0) -> None:
+        """Accumulate the gradients of one micro-batch; each group's loss moves its own network only."""
+        for group in self._learning(step):
+            self._engines[group].backward(losses[group], last)
+
+    def step(self, step: int, total_steps: int) -> dict[str, float]:
+        """Update with the learning rates of this step → norms and rates. Raises FloatingPointError on all ranks alike."""
+        metrics = {}
+        for group in self._learning(step):
+            engine, prefix = self._engines[group], "" if group == "policy" else f"{group}/"
+            lr = lr_at(step, total_steps, engine.optimizer)
+            metrics |= {f"{prefix}grad_norm": engine.step(lr), f"{prefix}lr": lr}
+        return metrics
+
+    def updates(self) -> dict[str, int]:
+        """How often each network was updated: its optimizer's step count."""
+        return {group: engine.steps for group, engine in self._engines.items()}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Networks in evaluation mode."""
+        for engine in self._engines.values():
+            engine.module.eval()
+        yield
+        for engine in self._engines.values():
+            engine.module.train()
+
+    def evaluate(self, batch: Batch) -> PolicyOut:
+        """The networks' output, whatever is being trained."""
+        return forward(self.policy, self.critic, batch)
+
+    def save(self, folder: Path) -> None:
+        """Write weights and moments of all networks into `folder`."""
+        for engine in self._engines.values():
+            engine.save(folder)
+
+    def close(self) -> None:
+        """Release everything. The learner cannot be used afterwards."""
+        for engine in self._engines.values():
+            engine.close()
+
+    def _learning(self, step: int) -> list[TermGroup]:
+        return ["critic"] if step < self._alone else list(self._engines)

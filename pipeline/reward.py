@@ -1,0 +1,53 @@
+"""The reward model: a language model's trunk with a scalar head that scores whole responses.
+
+It is transformers' own `AutoModelForSequenceClassification` with one label, so that what is exported loads anywhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pipeline.config import ModelConfig
+from pipeline.contracts import Batch, PolicyOut
+from pipeline.model import add_lora, packs, remove_dropout, unflatten
+from pipeline.pretrained import load_scorer, precision
+from pipeline.trunk import final_states
+
+
+class RewardNetwork(nn.Module):
+    """Scores [B, K] of whole responses, read at each one's last token.
+
+    Args:
+        lm: a sequence classifier with one label; LoRA layers are injected into its trunk when the configuration has them.
+    """
+
+    def __init__(self, lm: nn.Module, config: ModelConfig) -> None:
+        super().__init__()
+        remove_dropout(lm)
+        self.shared_prompt = packs(lm)
+        self.lm = lm
+        object.__setattr__(self, "_adapter", None)
+        if config.lora is not None:
+            object.__setattr__(self, "_adapter", add_lora(lm.base_model, config.lora, "FEATURE_EXTRACTION"))
+            lm.score.requires_grad_(True)
+        if config.activation_checkpointing:
+            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def forward(self, batch: Batch) -> PolicyOut:
+        states = final_states(self.lm, batch, self.shared_prompt)  # [M, D]
+        scores = unflatten(self.lm.score(states).squeeze(-1).float(), batch.valid)
+        none = torch.zeros(batch.response_mask.shape, device=scores.device)
+        return PolicyOut(logprobs=none, scores=scores)
+
+    def merged(self) -> nn.Module:
+        """The plain classifier, adapters folded into its weights (for export; ends training)."""
+        if self._adapter is not None:
+            self._adapter.merge_and_unload()
+        return self.lm
+
+
+def load_reward_network(config: ModelConfig, path: str, dtype: torch.dtype | None = None) -> RewardNetwork:
+    """The reward model that training starts from: the trunk at `path` with a zero head, or a reward model as it is."""
+    lm = load_scorer(path, dtype or precision(config.dtype), config.attention, config.trust_remote_code)
+    return RewardNetwork(lm, config)
