@@ -93,6 +93,8 @@ def with_system(prompt: Prompt, given: dict[str, Any]) -> Prompt:
 
 def _shared_text(texts: list[str]) -> str:
     """The prompt that whole texts have in common; the module's docstring has the rule."""
+    if len(texts) == 1 and ASSISTANT not in texts[0]:
+        raise ValueError("missing field: prompt")
     shared = os.path.commonprefix(texts)  # noqa: RUF071 (letter by letter is what is meant)
     if ASSISTANT in shared:
         end = shared.rindex(ASSISTANT) + len(ASSISTANT)

@@ -18,8 +18,10 @@ METRICS: dict[str, str] = {
     "reward/chosen": "mean implicit reward of the best response (β·log-ratio for DPO); falling is normal, see README",
     "reward/rejected": "mean implicit reward of the worst response",
     "reward/margin": "reward/chosen − reward/rejected",
-    "accuracy": "share of response pairs whose implicit rewards are in the data's order; ties count one half",
+    "accuracy": "share of response pairs whose implicit rewards are in the data's order; equal implicit rewards count one "
+    "half, pairs of equal return not at all; each prompt counts as one",
     "log_ratio": "mean of log π − log π_ref per response token, on the data (not a KL: the data are not the policy's samples)",
+    "return": "mean sum of rewards of a response, in the data",
     "logprob/chosen": "mean log π per token of the best response, nats",
     "logprob/rejected": "mean log π per token of the worst response, nats",
     "grad_norm": "global gradient norm before clipping",
@@ -36,39 +38,66 @@ METRICS: dict[str, str] = {
 
 @torch.no_grad()
 def batch_metrics(objective: Objective, out: PolicyOut, batch: Batch) -> dict[str, Mean]:
-    """The metrics that every objective shares; preference metrics count only groups of two or more responses."""
-    tokens = batch.response_mask.sum(-1)  # [B, K]
-    per_row = batch.weight
-    last = (batch.valid.sum(-1) - 1).clamp(min=0)  # [B]: the worst response
-    worst = torch.arange(batch.valid.shape[1], device=last.device)[None] == last[:, None]  # [B, K]
-    groups = per_row * (batch.valid.sum(-1) > 1)
-    per_token = out.logprobs.sum(-1) / tokens.clamp(min=1)  # [B, K]
-    metrics = {"logprob/chosen": Mean.of(per_token[:, 0], per_row * tokens[:, 0])}
+    """The metrics that every objective shares.
+
+    Preference metrics count only groups of two or more responses that the data order; where there are rewards, responses
+    of equal return are not ordered. Those of log-probs are left out for a reward model, which has none.
+    """
+    metrics = {} if out.scores is not None else _likelihood_metrics(out, batch)
     if batch.valid.shape[1] > 1:
-        reward = objective.implied_reward(out, batch)  # [B, K]
-        chosen, rejected = reward[:, 0], (reward * worst).sum(-1)
-        metrics |= {
-            "logprob/rejected": Mean.of((per_token * worst).sum(-1), groups * (tokens * worst).sum(-1)),
-            "reward/chosen": Mean.of(chosen, groups),
-            "reward/rejected": Mean.of(rejected, groups),
-            "reward/margin": Mean.of(chosen - rejected, groups),
-            "accuracy": _pair_accuracy(reward, batch),
-        }
-    if batch.ref_logprobs is not None:
-        ratio = (out.logprobs - batch.ref_logprobs).sum((-2, -1)) / tokens.sum(-1).clamp(min=1)
-        metrics["log_ratio"] = Mean.of(ratio, per_row * tokens.sum(-1))
+        metrics |= _preference_metrics(objective.implied_reward(out, batch), batch)
+    if batch.token_rewards is not None:
+        metrics["return"] = Mean.of(batch.returns, batch.valid * batch.weight[:, None])
     return metrics
 
 
-def _pair_accuracy(reward: Tensor, batch: Batch) -> Mean:
-    """Share of ordered pairs (i before j) with reward_i > reward_j; ties ½; each group counts as one."""
-    k = reward.shape[1]
-    pairs = torch.ones(k, k, dtype=torch.bool, device=reward.device).triu(1)
-    pairs = pairs & batch.valid[:, :, None] & batch.valid[:, None, :]  # [B, K, K]
+def _likelihood_metrics(out: PolicyOut, batch: Batch) -> dict[str, Mean]:
+    own = batch.response_mask & batch.valid[..., None]  # not those that answer another prompt
+    tokens, row = own.sum(-1), batch.weight[:, None]  # [B, K], [B, 1]
+    per_token = out.logprobs.sum(-1) / tokens.clamp(min=1)  # [B, K]
+    best, worst = _ends(batch.valid)
+    several = row * (batch.valid.sum(-1, keepdim=True) > 1)
+    metrics = {"logprob/chosen": Mean.of(per_token, row * tokens * best)}
+    if batch.valid.shape[1] > 1:
+        metrics["logprob/rejected"] = Mean.of(per_token, several * tokens * worst)
+    if batch.ref_logprobs is not None:
+        metrics["log_ratio"] = Mean.of(out.logprobs - batch.ref_logprobs, own * row[..., None])
+    return metrics
+
+
+def _preference_metrics(reward: Tensor, batch: Batch) -> dict[str, Mean]:
+    """Of implicit rewards [B, K]: those of the best and the worst response, and how many pairs they order rightly."""
+    best, worst = _ends(batch.valid)
+    ordered = _ordered_pairs(batch)  # [B, K, K]
+    # The best and the worst are ordered unless all returns are alike.
+    groups = batch.weight * ordered.flatten(1).any(-1)
+    chosen, rejected = ((reward.masked_fill(~end, 0.0)).sum(-1) for end in (best, worst))
     gap = reward[:, :, None] - reward[:, None, :]
     right = (gap > 0).float() + 0.5 * (gap == 0).float()
-    count = pairs.sum((-2, -1))
-    return Mean.of((right * pairs).sum((-2, -1)) / count.clamp(min=1), batch.weight * (count > 0))
+    share = (right * ordered).sum((-2, -1)) / ordered.sum((-2, -1)).clamp(min=1)
+    return {
+        "reward/chosen": Mean.of(chosen, groups),
+        "reward/rejected": Mean.of(rejected, groups),
+        "reward/margin": Mean.of(chosen - rejected, groups),
+        "accuracy": Mean.of(share, groups),
+    }
+
+
+def _ends(valid: Tensor) -> tuple[Tensor, Tensor]:
+    """The first and the last of each row's own responses, which stand best first. [B, K] → two bool [B, K]"""
+    count = valid.cumsum(-1)
+    return valid & (count == 1), valid & (count == count[:, -1:])
+
+
+def _ordered_pairs(batch: Batch) -> Tensor:
+    """True at (i, j) where the data hold response i to be better than j. [B, K, K]"""
+    k = batch.valid.shape[1]
+    pairs = torch.ones(k, k, dtype=torch.bool, device=batch.valid.device).triu(1)
+    pairs = pairs & batch.valid[:, :, None] & batch.valid[:, None, :]
+    if batch.token_rewards is None:
+        return pairs
+    better, worse = batch.returns[:, :, None], batch.returns[:, None, :]
+    return pairs & (better > worse) & ~better.isclose(worse)  # float sums of equal rewards differ in their last digits
 
 
 class Sums:

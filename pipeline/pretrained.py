@@ -223,8 +223,7 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    names = getattr(load_config(path, trust_remote_code, key), "architectures", None) or [""]
-    if names[0].endswith("ForSequenceClassification"):
+    if _classifies(load_config(path, trust_remote_code, key)):
         raise ConfigError(f"{key}: {path} is a reward model, which has no words to say; name a language model")
     model, lacking = _load(
         AutoModelForCausalLM, path, dtype, attention, trust_remote_code, key, "a causal language model"
@@ -257,6 +256,9 @@ def load_scorer(
     """
     from transformers import AutoModelForSequenceClassification
 
+    config = load_config(path, trust_remote_code, key)
+    if _classifies(config) and config.num_labels != 1:
+        raise ConfigError(f"{key}: the classifier {path} has {config.num_labels} labels; a reward model has one")
     model, lacking = _load(
         AutoModelForSequenceClassification,
         path,
@@ -273,6 +275,11 @@ def load_scorer(
         torch.nn.init.zeros_(model.score.weight)
     _refuse_lacking([name for name in lacking if not name.startswith("score.")], path, key, "language model")
     return model
+
+
+def _classifies(config: Any) -> bool:
+    names = getattr(config, "architectures", None) or [""]
+    return names[0].endswith("ForSequenceClassification")
 
 
 def _load(

@@ -4,7 +4,8 @@
 of their first record. `read` turns a chunk into `RawRecord`s; a record that cannot be read is one with an `error`,
 never an exception.
 
-Left out: finding files (`files`), what the fields mean (`layouts`), and where chunks are read (`data`, on Ray).
+Left out: finding files (`files`), columns of other layouts (`columns`), what the fields mean (`layouts`), and where
+chunks are read (`data`, on Ray).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.columns import mapped
 from pipeline.config import ConfigError, Source, digest
 from pipeline.files import File, compression, one_line, open_binary, resolve
 
@@ -44,7 +46,7 @@ class Chunk:
     records: int
     first_line: int  # 1-based line, array element or row at which it begins
     label: str  # file name for people
-    columns: str  # JSON object {ours: theirs}
+    mapping: str  # JSON of the source's columns and trajectories; empty: the columns are ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,8 @@ def plan(
     contents: list[Any] = []
     record = first_record
     for i, source in enumerate(sources):
-        contents.append(source.columns)
+        mapping = _mapping(source)
+        contents.append(mapping)
         for file in resolve(source, f"{key}.{i}", work):
             content = xxhash.xxh3_128()
             try:
@@ -111,10 +114,16 @@ def plan(
                 raise ConfigError(f"{key}.{i}.path: {what}; replace it") from None
             for start, stop, line, records in spans:
                 place = (first_source_index + i, file.path, file.format, start, stop, record, records, line)
-                chunks.append(Chunk(*place, label=file.label, columns=json.dumps(source.columns, sort_keys=True)))
+                chunks.append(Chunk(*place, label=file.label, mapping=mapping))
                 record += records
             contents.append([file.format, content.hexdigest()])
     return Plan(chunks, digest(*contents), record - first_record)
+
+
+def _mapping(source: Source) -> str:
+    """The part of a source that says what its columns mean."""
+    given = source.model_dump(mode="json", include={"columns", "trajectories"})
+    return json.dumps(given, sort_keys=True) if any(given.values()) else ""
 
 
 def _scan(file: File, chunk_bytes: int, content: Any) -> Iterable[_Span]:
@@ -176,11 +185,11 @@ def read(chunk: Chunk) -> Iterator[RawRecord]:
     Raises RuntimeError when the file no longer holds what was planned, OSError when it cannot be read at all.
     """
     parts = {"jsonl": _read_lines, "json": _read_array, "parquet": _read_parquet}[chunk.format](chunk)
-    columns = json.loads(chunk.columns)
+    source = Source(path=chunk.path, **json.loads(chunk.mapping)) if chunk.mapping else None
     found = 0
     for line, value, error, raw in parts:
-        if value is not None and columns:
-            value, error = _mapped(value, columns)
+        if value is not None and source is not None:
+            value, error = _mapped(value, source)
         yield RawRecord(chunk.first_record + found, f"{chunk.label}:{line}", value, error, raw)
         found += 1
     if found != chunk.records:
@@ -237,12 +246,11 @@ def _rows(batch: pa.RecordBatch) -> list[tuple[dict[str, Any] | None, str | None
         return [row for i in range(batch.num_rows) for row in _rows(batch.slice(i, 1))]
 
 
-def _mapped(value: dict[str, Any], columns: dict[str, str]) -> tuple[dict[str, Any] | None, str | None]:
-    """The record under our names; their columns stay, as unknown ones are ignored."""
-    for ours, theirs in columns.items():
-        if theirs not in value:
-            return None, f"column {theirs!r} (mapped to {ours}) is missing"
-    return value | {ours: value[theirs] for ours, theirs in columns.items()}, None
+def _mapped(value: dict[str, Any], source: Source) -> tuple[dict[str, Any] | None, str | None]:
+    try:
+        return mapped(value, source), None
+    except ValueError as error:
+        return None, str(error)
 
 
 def _excerpt(value: Any) -> str:

@@ -1,0 +1,185 @@
+"""Trajectories out of a raw record: steps, who wrote them, their rewards and log-probabilities.
+
+A record holds one trajectory, or several of the same prompt in a list `trajectories`. Each is
+  * `steps`: a list of texts or of objects with `text` and, where there is something to say, `reward`, `role` (policy or
+    environment), `speaker` (of an environment step) and `logprob`, or `logprobs` of its tokens, which are summed;
+    rewards and log-probabilities may stand beside the steps in `step_rewards` and `step_logprobs`, one for each;
+  * or one step in `response` (or `completion`);
+  * or a dialogue in `messages` or `conversations`: turns before the first assistant turn are the prompt, each later one
+    is a step: the assistant's the policy's, others the environment's; turns take `reward` and `logprob` as steps do;
+and `reward`, the terminal one. A trajectory that has no reward anywhere is refused: a column is misnamed.
+
+Equal trajectories of a record stay: they are samples, and how often one was drawn is what its policy thought of it. Only
+such that say the same and return different rewards are refused.
+
+Left out: columns of other layouts (`columns`), tokens (`steps`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from pipeline.dialogues import (
+    DIALOGUES,
+    UNSHARED,
+    Dialogue,
+    Prompt,
+    agreed,
+    check_number,
+    dialogue,
+    explicit_prompt,
+    kind_of,
+    refuse_empty,
+    with_system,
+)
+
+RESPONSES = ("response", "completion")
+"""Names of a single response."""
+_FLOAT32_MAX = 3.4e38
+
+
+def trajectories(given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a `contracts.Trajectories`. Raises ValueError with a short reason."""
+    several = given.get("trajectories", [given])
+    if not isinstance(several, list):
+        raise ValueError(f"wrong type: trajectories is {kind_of(several)}, expected a list")
+    if not several:
+        raise ValueError("no trajectories")
+    found = [_trajectory(entry) for entry in several]
+    prompt = _prompt(given, [before for before, _ in found], nested="trajectories" in given)
+    if isinstance(prompt, list) and any(steps["steps"][0]["role"] == "environment" for _, steps in found):
+        raise ValueError("a trajectory of a dialogue begins with the environment; put that into the prompt")
+    ways = [way for _, way in found]
+    _refuse_contradictions(ways)
+    return {"prompt": prompt, "trajectories": ways}
+
+
+def _prompt(given: dict[str, Any], befores: list[Dialogue | None], nested: bool) -> Prompt:
+    """The prompt, from what the record says and what its dialogues begin with (None: there is no dialogue)."""
+    if any(before != other for before, other in pairwise(befores)):
+        raise ValueError(UNSHARED)
+    before = befores[0]
+    fields = ("prompt", *DIALOGUES) if before is None or (nested and not before) else ("prompt",)
+    prompt = explicit_prompt(given, fields)
+    if before is not None:
+        prompt = agreed(prompt, before)
+    elif prompt is None:
+        raise ValueError("missing field: prompt")
+    return with_system(prompt, given)
+
+
+def _trajectory(entry: Any) -> tuple[Dialogue | None, dict[str, Any]]:
+    """Turns before the first step, if the entry is a dialogue, and the fields of a `contracts.Trajectory`."""
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"wrong type: a trajectory is {kind_of(entry)}, expected steps and reward")
+    given = {field: value for field, value in entry.items() if value is not None}
+    field = next((field for field in ("steps", *RESPONSES, *DIALOGUES) if field in given), None)
+    if field is None:
+        raise ValueError("missing field: steps")
+    before: Dialogue | None = None
+    if field == "steps":
+        steps = [_step(step) for step in _list(given["steps"], "steps")]
+    elif field in RESPONSES and isinstance(given[field], str):
+        refuse_empty({field: given[field]})
+        steps = [_step(given[field])]
+    else:
+        before, steps = _turns(given[field], field)
+    _beside(given, steps)
+    if not any(step["role"] == "policy" for step in steps):
+        raise ValueError("no policy step" if steps else "no steps")
+    if "reward" not in given and not any("reward" in step for step in steps):
+        raise ValueError("missing field: reward (the trajectory's, or of a step)")
+    refuse_empty({"the policy's steps": "".join(step["text"] for step in steps if step["role"] == "policy")})
+    return before, {"steps": steps, "reward": _reward(given.get("reward", 0.0), "reward")}
+
+
+def _turns(value: Any, name: str) -> tuple[Dialogue, list[dict[str, Any]]]:
+    """A dialogue's turns before the first assistant turn, and the others as steps."""
+    turns = dialogue(value, name)
+    first = next((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), None)
+    if first is None:
+        raise ValueError(f"no assistant turn: {name}")
+    steps = []
+    for turn, raw in zip(turns[first:], ([value] if isinstance(value, Mapping) else value)[first:], strict=True):
+        own = {field: raw[field] for field in ("reward", "logprob", "logprobs") if field in raw}
+        author = {} if turn["role"] == "assistant" else {"role": "environment", "speaker": turn["role"]}
+        steps.append(_step({"text": turn["content"], **author, **own}))
+    return turns[:first], steps
+
+
+def _step(value: Any) -> dict[str, Any]:
+    """The fields of a `contracts.Step`."""
+    given = {"text": value} if isinstance(value, str) else value
+    if not isinstance(given, Mapping):
+        raise ValueError(f"wrong type: a step is {kind_of(given)}, expected text or an object with text")
+    text, role, speaker = given.get("text"), given.get("role") or "policy", given.get("speaker") or "user"
+    if not text:
+        raise ValueError("step without text")
+    for name, content in (("text", text), ("role", role), ("speaker", speaker)):
+        if not isinstance(content, str):
+            raise ValueError(f"wrong type: a step's {name} is {kind_of(content)}, expected text")
+    if role not in ("policy", "environment"):
+        raise ValueError("wrong role: a step's is neither policy nor environment")
+    step: dict[str, Any] = {"text": text, "role": role, "speaker": speaker}
+    if given.get("reward") is not None:
+        step["reward"] = _reward(given["reward"], "step's reward")
+    if given.get("logprob") is not None and given.get("logprobs") is not None:
+        raise ValueError("both logprob and logprobs of a step")
+    if given.get("logprobs") is not None:
+        step["logprob"] = sum(_logprob(number) for number in _list(given["logprobs"], "logprobs"))
+    if given.get("logprob") is not None:
+        step["logprob"] = _logprob(given["logprob"])
+    return step
+
+
+def _beside(given: dict[str, Any], steps: list[dict[str, Any]]) -> None:
+    """Put what stands in lists beside the steps into them."""
+    for field, name, checked in (("step_rewards", "reward", _step_reward), ("step_logprobs", "logprob", _logprob)):
+        if field not in given:
+            continue
+        numbers = _list(given[field], field)
+        if len(numbers) != len(steps):
+            raise ValueError(f"different numbers of steps and {field}")
+        if any(name in step for step in steps):
+            raise ValueError(f"both {field} and a step's own {name}")
+        for step, number in zip(steps, numbers, strict=True):
+            if number is not None:
+                step[name] = checked(number)
+
+
+def _refuse_contradictions(ways: list[dict[str, Any]]) -> None:
+    """Ways with the same words have to return the same."""
+    returns: dict[tuple[str, ...], float] = {}
+    for way in ways:
+        words = tuple(f"{step['role']}:{step['text']}" for step in way["steps"])
+        total = way["reward"] + sum(step.get("reward", 0.0) for step in way["steps"])
+        if returns.setdefault(words, total) != total:
+            raise ValueError("equal trajectories with different rewards")
+
+
+def _list(value: Any, field: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"wrong type: {field} is {kind_of(value)}, expected a list")
+    if not value:
+        raise ValueError(f"no {field}")
+    return value
+
+
+def _reward(value: Any, name: str) -> float:
+    check_number(value, name)
+    if abs(value) > _FLOAT32_MAX:
+        raise ValueError(f"{name} beyond float32")
+    return float(value)
+
+
+def _step_reward(value: Any) -> float:
+    return _reward(value, "step's reward")
+
+
+def _logprob(value: Any) -> float:
+    check_number(value, "logprob")
+    if value > 0:
+        raise ValueError("positive logprob")
+    return float(value)
