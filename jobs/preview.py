@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +14,6 @@ from pipeline.config import RunConfig
 
 if TYPE_CHECKING:
     from pipeline.data import Summary
-    from pipeline.rendering import Rendered
     from pipeline.sources import Chunk
 
 LOOK_AT_BYTES = 16 * 2**20
@@ -52,38 +50,22 @@ def preview(config: RunConfig) -> str:
     )
     lines += ["", "tokens per row (prompt + all responses)", *histogram(np.array(lengths))]
     if first is not None:
-        lines += ["", f"sample     {first[0]}", *sample(tokenizer, first[1])]
+        lines += ["", f"sample     {first['source']}", *sample(tokenizer, first, config.data.kind)]
     return "\n".join([*lines, "", *memory(config, model, lengths)])
 
 
 def look(
     config: RunConfig, tokenizer: Any, chunks: Sequence[Chunk]
-) -> tuple[Summary, list[int], tuple[str, Rendered] | None]:
-    """Read and tokenise some chunks: what became of their records, the rows' lengths, and the first row with its source."""
-    from pipeline.data import Summary
-    from pipeline.layouts import parse
+) -> tuple[Summary, list[int], dict[str, Any] | None]:
+    """Read and tokenise some chunks: what became of their records, the rows' lengths, and the first row."""
+    from pipeline.data import make_rows, summarise
     from pipeline.rendering import Renderer
-    from pipeline.sources import read
 
     render = Renderer(tokenizer, config.data)
-    bad: Counter[str] = Counter()
-    usable: list[tuple[str, Rendered]] = []
-    for raw in (raw for chunk in chunks for raw in read(chunk)):
-        try:
-            usable.append((raw.source, render(parse(raw.content(), config.data.kind, config.data.ties))))
-        except ValueError as error:
-            bad[str(error)] += 1
-    lengths = [len(row.prompt_ids) + sum(map(len, row.response_ids)) for _, row in usable]
-    found = Summary(
-        records=len(usable) + bad.total(),
-        rows=len(usable),
-        quarantined=bad.total(),
-        reasons=dict(bad.most_common()),
-        prompts_cut=sum(row.prompt_tokens_cut > 0 for _, row in usable),
-        responses_cut=sum(row.responses_cut for _, row in usable),
-        tokens=sum(lengths),
-    )
-    return found, lengths, usable[0] if usable else None
+    made = [make_rows(chunk, render, config.objective.needed().mismatched) for chunk in chunks]
+    rows = [row for part in made for row in part.rows]
+    lengths = [len(row["prompt_ids"]) + sum(map(len, row["response_ids"])) for row in rows]
+    return summarise([part.counts() for part in made]), lengths, rows[0] if rows else None
 
 
 def histogram(lengths: np.ndarray, bins: int = 8) -> list[str]:
@@ -96,14 +78,33 @@ def histogram(lengths: np.ndarray, bins: int = 8) -> list[str]:
     ]
 
 
-def sample(tokenizer: Any, rendered: Any) -> list[str]:
-    """One rendered and tokenised record; brackets mark the tokens that are trained on."""
-    prompt = tokenizer.decode(rendered.prompt_ids)
-    lines = [f"  prompt     {prompt!r} ({len(rendered.prompt_ids)} tokens, not trained on)"]
-    for k, response in enumerate(rendered.response_ids):
-        pieces = "".join(f"[{tokenizer.decode([token])}]" for token in response)
-        lines.append(f"  response {k + 1} {pieces} ({len(response)} tokens)")
+def sample(tokenizer: Any, row: dict[str, Any], kind: str) -> list[str]:
+    """One tokenised row. [Brackets] are around the tokens that are trained on, {braces} around the environment's; a
+    reward stands behind its token."""
+    lines = [f"  prompt     {tokenizer.decode(row['prompt_ids'])!r} ({len(row['prompt_ids'])} tokens, not trained on)"]
+    last = len(row["response_ids"]) - 1
+    for k, response in enumerate(row["response_ids"]):
+        trained = row["trained"][k] if row["trained"] else [True] * len(response)
+        rewards = row["token_rewards"][k] if row["token_rewards"] else [0.0] * len(response)
+        pieces = "".join(map(_piece, (tokenizer.decode([token]) for token in response), trained, rewards))
+        about = [f"{len(response)} tokens"]
+        if not all(trained):
+            about.append(f"{trained.count(False)} the environment's")
+        if row["mismatched"] and k == last:
+            about.append("answers another prompt")
+        elif kind == "unpaired":
+            about.append("good" if sum(rewards) > 0 else "bad")
+        elif row["token_rewards"]:
+            about.append(f"return {sum(rewards):g}")
+        if row["behaviour_logprobs"] and row["behaviour_logprobs"][k] is not None:
+            about.append(f"behaviour log-prob {row['behaviour_logprobs'][k]:g}")
+        lines.append(f"  response {k + 1} {pieces} ({', '.join(about)})")
     return lines
+
+
+def _piece(text: str, trained: bool, reward: float) -> str:
+    shown = f"[{text}]" if trained else f"{{{text}}}"
+    return shown + (f"⟨{reward:+g}⟩" if reward else "")
 
 
 def memory(config: RunConfig, model: str, lengths: list[int]) -> list[str]:

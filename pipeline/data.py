@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,24 @@ class Summary:
     prompts_cut: int  # rows whose prompt lost tokens on the left
     responses_cut: int  # responses that lost tokens on the right
     tokens: int
+    responses: int  # of all rows; mismatched ones do not count
+    environment_tokens: int  # tokens of responses that are context, never trained on
+    repeated: int  # responses that say the same as a better or an earlier one of their row
+    behaviour: int  # rows whose responses all have log-probs under the policy that made them
+    mismatched: int  # rows that got a response to another prompt
+    mean_return: float | None  # over the responses; None: the kind has no rewards
 
 
 class PrepareChunk:
     """The actor: one chunk of records → one part of rows, one of quarantined records, and counts."""
 
-    def __init__(self, folder: str, data: dict[str, Any], model: str, trust_remote_code: bool) -> None:
+    def __init__(
+        self, folder: str, data: dict[str, Any], model: str, trust_remote_code: bool, mismatched: bool
+    ) -> None:
         self.folder = Path(folder)
         self.data = DataConfig.model_validate(data)
         self.render = Renderer(load_tokenizer(model, trust_remote_code), self.data)
+        self.mismatched = mismatched
 
     def __call__(self, item: Item) -> Item:
         number = item["number"]
@@ -66,45 +75,96 @@ class PrepareChunk:
             known = json.loads(counts.read_text())
             if known["part"] == checksum(part):
                 return known
-        rows: list[dict[str, Any]] = []
-        bad: list[dict[str, Any]] = []
-        tally: Counter[str] = Counter()
-        for raw in read(Chunk(**item["chunk"])):
-            try:
-                rows.append(self._row(raw, item["chunk"]["source_index"], tally))
-            except ValueError as error:
-                bad.append({"source": raw.source, "reason": str(error), "record": raw.raw})
-        part = write_part(self.folder, number, pa.Table.from_pylist(rows, schema=ROW_SCHEMA))
-        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in bad)
+        made = make_rows(Chunk(**item["chunk"]), self.render, self.mismatched)
+        part = write_part(self.folder, number, pa.Table.from_pylist(made.rows, schema=ROW_SCHEMA))
+        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in made.bad)
         (self.folder / f"quarantine-{number:06d}.jsonl").write_text(text, encoding="utf-8")
-        result = {
-            "part": checksum(part),
-            "rows": len(rows),
-            "bad": dict(Counter(entry["reason"] for entry in bad)),
-            "tally": dict(tally),
-        }
+        result = {"part": checksum(part)} | made.counts()
         write_json(counts, result)
         return result
 
-    def _row(self, raw: RawRecord, source_index: int, tally: Counter[str]) -> dict[str, Any]:
-        record = parse(raw.content(), self.data.kind, self.data.ties)
-        rendered = self.render(record)
-        tally["prompts_cut"] += rendered.prompt_tokens_cut > 0
-        tally["responses_cut"] += rendered.responses_cut
-        tally["tokens"] += len(rendered.prompt_ids) + sum(map(len, rendered.response_ids))
-        return {
-            "row_id": raw.row_id,
-            "source": raw.source,
-            "source_index": source_index,
-            "prompt_hash": prompt_hash(record),
-            "prompt_ids": rendered.prompt_ids,
-            "response_ids": rendered.response_ids,
-            "weight": record.weight,
-            "trained": rendered.trained,
-            "token_rewards": rendered.token_rewards,
-            "behaviour_logprobs": rendered.behaviour_logprobs,
-            "mismatched": False,
-        }
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What became of the records of one chunk."""
+
+    rows: list[dict[str, Any]]  # of `ROW_SCHEMA`
+    bad: list[dict[str, str]]  # source, reason and excerpt of the record
+    tally: Counter[str]  # what `Summary` adds up
+
+    def counts(self) -> dict[str, Any]:
+        """Plain JSON: what `summarise` needs."""
+        reasons = Counter(entry["reason"] for entry in self.bad)
+        return {"rows": len(self.rows), "bad": dict(reasons), "tally": dict(self.tally)}
+
+
+def make_rows(chunk: Chunk, render: Renderer, mismatched: bool) -> Made:
+    """Read, validate, render and tokenise the records of a chunk; what cannot be used is kept with its reason."""
+    made = Made([], [], Counter())
+    for raw in read(chunk):
+        try:
+            made.rows.append(_row(raw, chunk.source_index, render, made.tally))
+        except ValueError as error:
+            made.bad.append({"source": raw.source, "reason": str(error), "record": raw.raw})
+    if mismatched:
+        made.tally["mismatched"] = mismatch(made.rows, render.data.max_length)
+    made.tally["tokens"] = sum(len(row["prompt_ids"]) + sum(map(len, row["response_ids"])) for row in made.rows)
+    return made
+
+
+def _row(raw: RawRecord, source_index: int, render: Renderer, tally: Counter[str]) -> dict[str, Any]:
+    record = parse(raw.content(), render.data.kind, render.data.ties)
+    rendered = render(record)
+    responses, logged = rendered.response_ids, rendered.behaviour_logprobs
+    tally["prompts_cut"] += rendered.prompt_tokens_cut > 0
+    tally["responses_cut"] += rendered.responses_cut
+    tally["responses"] += len(responses)
+    tally["repeated"] += len(responses) - len(set(map(tuple, responses)))
+    tally["environment_tokens"] += sum(response.count(False) for response in rendered.trained or ())
+    tally["behaviour"] += logged is not None and None not in logged
+    if rendered.token_rewards is not None:
+        tally["rewarded"] += len(responses)
+        tally["return"] += sum(map(sum, rendered.token_rewards))
+    return {
+        "row_id": raw.row_id,
+        "source": raw.source,
+        "source_index": source_index,
+        "prompt_hash": prompt_hash(record),
+        "prompt_ids": rendered.prompt_ids,
+        "response_ids": responses,
+        "weight": record.weight,
+        "trained": rendered.trained,
+        "token_rewards": rendered.token_rewards,
+        "behaviour_logprobs": logged,
+        "mismatched": False,
+    }
+
+
+def mismatch(rows: list[dict[str, Any]], max_length: int) -> int:
+    """Put behind each row's responses the first one of the next row, in a circle, that has another prompt.
+
+    It is cut on the right to fit `max_length`. A row without such a partner stays as it is. Returns how many got one.
+    """
+    first = [row["response_ids"][0] for row in rows]
+    # The next row of another prompt is the same for all rows of a run of equal prompts: one pass backwards, twice round.
+    partner, found = [-1] * len(rows), -1
+    for i in reversed(range(2 * len(rows))):
+        here, after = rows[i % len(rows)]["prompt_hash"], (i + 1) % len(rows)
+        if rows[after]["prompt_hash"] != here:
+            found = after
+        partner[i % len(rows)] = found
+    for row, other in zip(rows, partner, strict=True):
+        if other < 0:
+            continue
+        response = first[other][: max_length - len(row["prompt_ids"])]
+        row["response_ids"].append(response)
+        row["mismatched"] = True
+        for column, filler in (("trained", [True] * len(response)), ("token_rewards", [0.0] * len(response))):
+            if row[column] is not None:
+                row[column].append(filler)
+        if row["behaviour_logprobs"] is not None:
+            row["behaviour_logprobs"].append(None)
+    return sum(row["mismatched"] for row in rows)
 
 
 def prompt_hash(record: Record) -> int:
@@ -131,7 +191,7 @@ def prepare(config: RunConfig, model: str, local: bool = False) -> Path:
     )
     tokenizer = load_tokenizer(model, config.model.trust_remote_code)
     contents = [train.fingerprint, held_out.fingerprint]
-    folder = cache / f"rows-{digest(3, contents, _shaping(config.data), tokenizer_identity(tokenizer))}"
+    folder = cache / f"rows-{digest(3, contents, _shaping(config), tokenizer_identity(tokenizer))}"
     if not is_finished(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _write(config, train.chunks + held_out.chunks, folder, model, local)
@@ -149,6 +209,7 @@ def _write(config: RunConfig, chunks: list[Chunk], folder: Path, model: str, loc
                 "data": config.data.model_dump(mode="json"),
                 "model": model,
                 "trust_remote_code": config.model.trust_remote_code,
+                "mismatched": config.objective.needed().mismatched,
             },
             items,
             label="tokenise",
@@ -157,25 +218,25 @@ def _write(config: RunConfig, chunks: list[Chunk], folder: Path, model: str, loc
             unit="chunk",
         )
     )
-    reasons, tally = Counter[str](), Counter[str]()
-    for result in results:
-        reasons.update(result["bad"])
-        tally.update(result["tally"])
     with (folder / QUARANTINE).open("wb") as whole:
         for part in sorted(folder.glob("quarantine-*.jsonl")):
             whole.write(part.read_bytes())
-    rows, bad = sum(result["rows"] for result in results), sum(reasons.values())
-    found = Summary(
-        records=rows + bad,
-        rows=rows,
-        quarantined=bad,
-        reasons=dict(reasons.most_common()),
-        prompts_cut=tally["prompts_cut"],
-        responses_cut=tally["responses_cut"],
-        tokens=tally["tokens"],
-    )
+    found = summarise(results)
     assert found.records == sum(chunk.records for chunk in chunks), "a record is unaccounted for"
     finish(folder, len(chunks), {"summary": asdict(found)})
+
+
+def summarise(chunks: list[dict[str, Any]]) -> Summary:
+    """Add up the counts of all chunks (`Made.counts`)."""
+    reasons, tally = Counter[str](), Counter[str]()
+    for chunk in chunks:
+        reasons.update(chunk["bad"])
+        tally.update(chunk["tally"])
+    rows, bad = sum(chunk["rows"] for chunk in chunks), sum(reasons.values())
+    mean = tally["return"] / tally["rewarded"] if tally["rewarded"] else None
+    counted = {field.name: tally[field.name] for field in fields(Summary) if field.type == "int"}
+    counted |= {"records": rows + bad, "rows": rows, "quarantined": bad}
+    return Summary(**counted, reasons=dict(reasons.most_common()), mean_return=mean)
 
 
 def summary(folder: Path) -> Summary:
@@ -198,10 +259,11 @@ def refuse(data: DataConfig, found: Summary, hint: str) -> None:
         )
 
 
-def _shaping(data: DataConfig) -> dict[str, Any]:
+def _shaping(config: RunConfig) -> dict[str, Any]:
     """The part of the configuration that changes rows (mixing, splitting and bounds on errors do not)."""
     keys = ("kind", "max_length", "max_prompt_length", "chat_template", "append_eos", "ties")
-    return {key: getattr(data, key) for key in keys}
+    shaping = {key: getattr(config.data, key) for key in keys}
+    return shaping | {"mismatched": config.objective.needed().mismatched}
 
 
 def tokenizer_identity(tokenizer: Any) -> str:

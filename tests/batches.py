@@ -141,7 +141,15 @@ def padded(batch: Batch, responses: int, tokens: int) -> Batch:
     def wide(x: Tensor | None) -> Tensor | None:
         return None if x is None else pad(x, (0, tokens, 0, responses) if x.dim() == 3 else (0, responses))
 
-    names = ("predictor", "response_ids", "response_mask", "valid", "ref_logprobs", "token_rewards", "behaviour_logprobs")
+    names = (
+        "predictor",
+        "response_ids",
+        "response_mask",
+        "valid",
+        "ref_logprobs",
+        "token_rewards",
+        "behaviour_logprobs",
+    )
     return replace(batch, **{name: wide(getattr(batch, name)) for name in names})
 
 

@@ -37,10 +37,11 @@ class Tdpo(Objective):
     def __call__(self, out: PolicyOut, batch: Batch) -> LossOut:
         assert out.kl is not None
         kl = out.kl.sum(-1)  # [B, 2]
-        chosen, rejected = self.implied_reward(out, batch).unbind(-1)  # [B] each
-        if self.variant == 2:
+        reward = self.implied_reward(out, batch)  # [B, 2]
+        chosen = reward[:, 0]
+        if self.variant == 2:  # the same number, without the gradient of its KL
             chosen = chosen - self.beta * self.alpha * (kl[:, 0] - kl[:, 0].detach())
-        loss = dpo_loss(chosen, rejected)  # [B]
+        loss = dpo_loss(chosen, reward[:, 1])  # [B]
         metrics = {"kl/chosen": Mean.of(kl[:, 0], batch.weight), "kl/rejected": Mean.of(kl[:, 1], batch.weight)}
         return LossOut({"preference": Term((loss * batch.weight).sum())}, metrics)
 

@@ -7,7 +7,7 @@ import torch
 
 from pipeline.objectives.dpo import Dpo
 from pipeline.objectives.f_dpo import FDpo, f_score
-from tests.batches import LENGTHS, make_batch, make_logprobs, same_update, as_out, with_ratios
+from tests.batches import LENGTHS, as_out, make_batch, make_logprobs, same_update, with_ratios
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import pytest
@@ -31,20 +32,23 @@ def test_registry_names_are_importable_classes():
     for name, objective in OBJECTIVES.items():
         assert resolve(name) is objective
         assert objective.needs.records
-        assert objective.needs.reference in {"none", "token", "distribution"}
         assert objective.model_config["frozen"]
         assert objective.model_config["extra"] == "forbid"
         assert objective.__doc__
-        assert all(f.default is not None or f.default_factory for f in objective.model_fields.values()), "no defaults"
+        assert not any(field.is_required() for field in objective.model_fields.values())
 
 
 def test_defaults_are_the_published_ones():
-    """β 0.1 as in the DPO and IPO code; SimPO's 2 with γ/β = 1/2; ORPO's λ 0.1."""
-    for objective in (Dpo, FDpo, PlackettLuce, Ipo):
+    """β 0.1 as in the DPO, IPO, KTO and TDPO code; SimPO's 2 with γ/β = 1/2; ORPO's λ 0.1; TDPO₂'s α 0.5; OREO's and DRO's."""
+    for objective in (Dpo, FDpo, PlackettLuce, Ipo, Kto, Tdpo):
         assert objective().beta == 0.1
     assert (SimPo().beta, SimPo().gamma) == (2.0, 1.0)
     assert (Orpo().odds_weight, Unlikelihood().alpha, RejectionSft().keep_fraction) == (0.1, 0.1, 0.5)
     assert not Ipo().length_normalised
+    assert (Tdpo().variant, Tdpo().alpha) == (2, 0.5)
+    assert (Kto().desirable_weight, Kto().undesirable_weight) == (1, 1)
+    assert (Oreo().beta, Oreo().kl_weight, Dro().beta) == (0.03, 0.01, 1.0)
+    assert (Dqo().lam, Dqo().q_target, Dqo().importance, Dqo().importance_cap) == (1.0, "return", "none", math.e)
     assert (FDpo().divergence, FDpo().alpha) == ("reverse_kl", 0.5)
 
 

@@ -16,7 +16,7 @@ from pipeline.contracts import Batch
 from pipeline.objectives.dpo import Dpo
 from pipeline.objectives.f_dpo import FDpo
 from tests.oracle.mdp import TokenMdp
-from tests.oracle.policy import TabularPolicy, fit, rows
+from tests.oracle.policy import TabularPolicy, fit, rewarded, rows
 
 BETA = 0.5
 
@@ -69,6 +69,21 @@ def rankings(mdp: TokenMdp) -> tuple[Batch, Tensor]:
 def everything(mdp: TokenMdp) -> Batch:
     """One row per prompt that holds all N responses."""
     return rows(mdp, [(x, range(mdp.size)) for x in range(mdp.prompts)], torch.ones(mdp.prompts))
+
+
+def one_by_one(mdp: TokenMdp, weight: Tensor) -> Batch:
+    """Every response of every prompt in a row of its own, with `weight` [X, N]."""
+    return rows(mdp, [(x, [n]) for x in range(mdp.prompts) for n in range(mdp.size)], weight.flatten())
+
+
+def drawn_from(mdp: TokenMdp, policy: Tensor) -> Batch:
+    """Rewarded trajectories, each as often as `policy` [X, S, V] (log-probabilities) draws it, which is also logged."""
+    return rewarded(mdp, one_by_one(mdp, mdp.path_sum(policy).exp()), policy)
+
+
+def third_policy(mdp: TokenMdp) -> Tensor:
+    """A policy that is neither the reference nor the optimum, with full support: log-probabilities [X, S, V]."""
+    return mdp.ref_logits.flip(1).log_softmax(-1)
 
 
 @cache

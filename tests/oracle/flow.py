@@ -66,7 +66,7 @@ def copies(batch: Batch, count: int, prompts: int) -> Batch:
     return replace(batch, **tensors)
 
 
-def settle(mdp: TokenMdp, objective: Objective, batch: Batch, *, steps: int = 60, growth: float = 3.0) -> TabularPolicy:
+def settle(mdp: TokenMdp, objective: Objective, batch: Batch, *, steps: int = 80, growth: float = 2.0) -> TabularPolicy:
     """Where training from the reference (and V = 0) ends. Fails if it has not come to rest."""
     flow = Flow(mdp, objective, batch)
     point, eye = flow.point(TabularPolicy(mdp)), torch.eye(flow.width, dtype=torch.float64)

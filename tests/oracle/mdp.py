@@ -20,10 +20,16 @@ STOP = 0
 
 
 class TokenMdp:
-    """The tree of responses, a reference policy and per-token rewards."""
+    """The tree of responses, a reference policy and per-token rewards. Without `stops` all responses have H tokens."""
 
     def __init__(
-        self, vocabulary: int = 3, horizon: int = 3, beta: float = 0.5, prompts: int = 2, seed: int = 0
+        self,
+        vocabulary: int = 3,
+        horizon: int = 3,
+        beta: float = 0.5,
+        prompts: int = 2,
+        seed: int = 0,
+        stops: bool = True,
     ) -> None:
         self.vocabulary, self.horizon, self.beta, self.prompts = vocabulary, horizon, beta, prompts
         prefixes: list[tuple[int, ...]] = [()]
@@ -34,12 +40,14 @@ class TokenMdp:
             row = torch.full((1, vocabulary), -1)
             for token in range(vocabulary):
                 longer = (*prefix, token)
-                if token == STOP or len(longer) == horizon:
+                if (stops and token == STOP) or len(longer) == horizon:
                     self.responses.append(longer)
                 else:
                     row[0, token] = index[longer] = len(prefixes)
                     prefixes.append(longer)
             self.next_state = torch.cat([self.next_state, row])
+        self.depth = torch.tensor([len(prefix) for prefix in prefixes])  # [S]
+        self.policy_moves = torch.ones(len(prefixes), dtype=torch.bool)  # [S]: whose token comes next (see `turns`)
         rng = torch.Generator().manual_seed(seed)
         shape = (prompts, len(prefixes), vocabulary)
         self.ref_logits = torch.randn(shape, generator=rng, dtype=torch.float64)  # [X, S, V]

@@ -76,6 +76,7 @@ def rows(
             row_id=i,
             prompt_ids=[prompt],
             response_ids=[list(mdp.responses[n]) for n in group],
+            trained=[_policy_moves(mdp, mdp.responses[n]) for n in group],
             mismatched=mismatched,
         )
         for i, (prompt, group) in enumerate(groups)
@@ -85,16 +86,26 @@ def rows(
         return replace(batch, ref_logprobs=TabularPolicy(mdp)(batch).logprobs)
 
 
+def _policy_moves(mdp: TokenMdp, response: tuple[int, ...]) -> list[bool]:
+    state, moves = 0, []
+    for token in response:
+        moves.append(bool(mdp.policy_moves[state]))
+        state = int(mdp.next_state[state, token])
+    return moves
+
+
 def rewarded(mdp: TokenMdp, batch: Batch, behaviour: Tensor | None = None) -> Batch:
     """The batch with the MDP's rewards on its tokens, and log μ(response) where a `behaviour` table [X, S, V] of
-    log-probabilities is given."""
+    log-probabilities is given (over the policy's tokens, as records have it)."""
     prompt, state = visited(mdp, batch)
-
-    def along(table: Tensor) -> Tensor:
-        return torch.where(batch.response_mask, table[prompt, state, batch.response_ids], 0.0)
-
-    logged = None if behaviour is None else along(behaviour).sum(-1)
-    return replace(batch, token_rewards=along(mdp.token_reward), behaviour_logprobs=logged)
+    ends = mdp.next_state[state, batch.response_ids] < 0  # [B, K, R]
+    inside = (batch.predictor > 0) | (batch.response_mask) | (ends.cumsum(-1) - ends.int() == 0)
+    reward = torch.where(inside, mdp.token_reward[prompt, state, batch.response_ids], 0.0)
+    logged = None
+    if behaviour is not None:
+        ours = torch.where(batch.response_mask, behaviour[prompt, state, batch.response_ids], 0.0)
+        logged = ours.sum(-1)
+    return replace(batch, token_rewards=reward, behaviour_logprobs=logged)
 
 
 def loss_of(objective: Objective, out: PolicyOut, batch: Batch, only: str | None = None) -> Tensor:

@@ -1,0 +1,95 @@
+"""Texts to tokens with one tokenizer, where each text continues another.
+
+Left out: chat templates (`chat`), what a response is (`rendering`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import Any
+
+_ANCHORS = ("\n", ".", "0")
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokens of a text, and how many of its characters each one and those before it cover."""
+
+    ids: list[int]
+    ends: list[int]
+
+
+class Encoder:
+    """One tokenizer, fast or slow, of transformers; never adds special tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.bos: int | None = tokenizer.bos_token_id
+        self.eos: int | None = tokenizer.eos_token_id
+        self.adds_bos = self.bos is not None and tokenizer("a")["input_ids"][:1] == [self.bos]
+        # SentencePiece-like tokenizers put a space in front of every text; a response must not gain one.
+        self._adds_space = tokenizer.decode(self.encode("a") * 2, clean_up_tokenization_spaces=False) == "a a"
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text that begins a sequence."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def alone(self, text: str, cuts: Sequence[int] = ()) -> Tokens:
+        """Tokens of a text that continues another, without the space that some tokenizers put in front.
+
+        cuts: places in the text, ascending, whose tokens a caller will ask for. A slow tokenizer knows no places, so it
+        reads the pieces between the cuts one by one.
+        """
+        return self.after("", [], text, cuts)
+
+    def after(self, context: str, ids: list[int], part: str, cuts: Sequence[int] = ()) -> Tokens:
+        """Tokens of a text that follows the context's, from both together where its own are a prefix of those."""
+        if self.tokenizer.is_fast or not cuts:
+            return self._follow(context, ids, part)
+        found = Tokens([], [])
+        for start, stop in pairwise([0, *(cut for cut in cuts if cut < len(part)), len(part)]):
+            if start < stop:
+                piece = self._follow(context if not start else "", ids if not start else [], part[start:stop])
+                found = Tokens(found.ids + piece.ids, found.ends + [start + end for end in piece.ends])
+        return found
+
+    def context(self, text: str, ids: list[int]) -> tuple[str, list[int]]:
+        """The end of a text from its last special token on: nothing before it changes the tokens that follow."""
+        last = next((i for i in reversed(ids) if i in self.specials), None)
+        start = text.rfind(self.tokenizer.convert_ids_to_tokens(last)) if last is not None else -1
+        own = self.encode(text[start:]) if start > 0 else ids
+        return (text[start:], own) if start > 0 and own == ids[len(ids) - len(own) :] else (text, ids)
+
+    @cached_property
+    def specials(self) -> frozenset[int]:
+        """Tokens that no text is made of."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return frozenset(self.tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+
+    def _follow(self, context: str, ids: list[int], part: str) -> Tokens:
+        if context:
+            together = self._placed(context + part)
+            if together.ids[: len(ids)] == ids:
+                return _rest(together, len(ids), len(context))
+        if self._adds_space:
+            for anchor in _ANCHORS:
+                before, both = self.encode(anchor), self._placed(anchor + part)
+                if both.ids[: len(before)] == before:
+                    return _rest(both, len(before), len(anchor))
+        return self._placed(part)
+
+    def _placed(self, text: str) -> Tokens:
+        found = self.tokenizer(text, add_special_tokens=False, verbose=False)
+        ids = list(found["input_ids"])
+        if not self.tokenizer.is_fast:
+            return Tokens(ids, [len(text)] * len(ids))
+        # Several tokens of one character end where it does; an end never lies before an earlier one.
+        return Tokens(ids, list(accumulate((end for _, end in found.encodings[0].offsets), max)))
+
+
+def _rest(tokens: Tokens, count: int, characters: int) -> Tokens:
+    """What follows the first `count` tokens, which are those of as many `characters`."""
+    return Tokens(tokens.ids[count:], [max(0, end - characters) for end in tokens.ends[count:]])
