@@ -14,6 +14,7 @@ from pipeline.config import RunConfig
 
 if TYPE_CHECKING:
     from pipeline.data import Summary
+    from pipeline.rendering import Rendered
     from pipeline.sources import Chunk
 
 LOOK_AT_BYTES = 16 * 2**20
@@ -50,22 +51,29 @@ def preview(config: RunConfig) -> str:
     )
     lines += ["", "tokens per row (prompt + all responses)", *histogram(np.array(lengths))]
     if first is not None:
-        lines += ["", f"sample     {first['source']}", *sample(tokenizer, first, config.data.kind)]
+        lines += ["", f"sample     {first[0]}", *first[1]]
     return "\n".join([*lines, "", *memory(config, model, lengths)])
 
 
 def look(
     config: RunConfig, tokenizer: Any, chunks: Sequence[Chunk]
-) -> tuple[Summary, list[int], dict[str, Any] | None]:
-    """Read and tokenise some chunks: what became of their records, the rows' lengths, and the first row."""
+) -> tuple[Summary, list[int], tuple[str, list[str]] | None]:
+    """Read and tokenise some chunks: what became of their records, the rows' lengths, and a first row with its source."""
     from pipeline.data import make_rows, summarise
+    from pipeline.layouts import parse
     from pipeline.rendering import Renderer
+    from pipeline.sources import read
 
     render = Renderer(tokenizer, config.data)
     made = [make_rows(chunk, render, config.objective.needed().mismatched) for chunk in chunks]
     rows = [row for part in made for row in part.rows]
     lengths = [len(row["prompt_ids"]) + sum(map(len, row["response_ids"])) for row in rows]
-    return summarise([part.counts() for part in made]), lengths, rows[0] if rows else None
+    found = summarise([part.counts() for part in made])
+    if not rows:
+        return found, lengths, None
+    raw = next(raw for chunk in chunks for raw in read(chunk) if raw.row_id == rows[0]["row_id"])
+    rendered = render(parse(raw.content(), config.data.kind, config.data.ties))
+    return found, lengths, (raw.source, sample(tokenizer, rendered, config.data.kind))
 
 
 def histogram(lengths: np.ndarray, bins: int = 8) -> list[str]:
@@ -78,33 +86,31 @@ def histogram(lengths: np.ndarray, bins: int = 8) -> list[str]:
     ]
 
 
-def sample(tokenizer: Any, row: dict[str, Any], kind: str) -> list[str]:
-    """One tokenised row. [Brackets] are around the tokens that are trained on, {braces} around the environment's; a
-    reward stands behind its token."""
-    lines = [f"  prompt     {tokenizer.decode(row['prompt_ids'])!r} ({len(row['prompt_ids'])} tokens, not trained on)"]
-    last = len(row["response_ids"]) - 1
-    for k, response in enumerate(row["response_ids"]):
-        trained = row["trained"][k] if row["trained"] else [True] * len(response)
-        rewards = row["token_rewards"][k] if row["token_rewards"] else [0.0] * len(response)
-        pieces = "".join(map(_piece, (tokenizer.decode([token]) for token in response), trained, rewards))
+def sample(tokenizer: Any, rendered: Rendered, kind: str) -> list[str]:
+    """One rendered and tokenised record: [trained on], {the environment's}, ⟨the reward that lands on the token before⟩."""
+    prompt = tokenizer.decode(rendered.prompt_ids)
+    lines = [f"  prompt     {prompt!r} ({len(rendered.prompt_ids)} tokens, not trained on)"]
+    for k, response in enumerate(rendered.response_ids):
+        trained = rendered.trained[k] if rendered.trained else [True] * len(response)
+        rewards = rendered.token_rewards[k] if rendered.token_rewards else [0.0] * len(response)
+        ends = rendered.step_ends[k] if rendered.step_ends else []
+        pieces = []
+        for i, token in enumerate(response):
+            text = tokenizer.decode([token]).replace("\n", "⏎")
+            pieces.append(f"[{text}]" if trained[i] else f"{{{text}}}")
+            if rewards[i] or i in ends:
+                pieces.append(f"⟨{rewards[i]:+g}⟩")
         about = [f"{len(response)} tokens"]
         if not all(trained):
-            about.append(f"{trained.count(False)} the environment's")
-        if row["mismatched"] and k == last:
-            about.append("answers another prompt")
-        elif kind == "unpaired":
+            about.append(f"{trained.count(False)} of them the environment's")
+        if kind == "unpaired":
             about.append("good" if sum(rewards) > 0 else "bad")
-        elif row["token_rewards"]:
-            about.append(f"return {sum(rewards):g}")
-        if row["behaviour_logprobs"] and row["behaviour_logprobs"][k] is not None:
-            about.append(f"behaviour log-prob {row['behaviour_logprobs'][k]:g}")
-        lines.append(f"  response {k + 1} {pieces} ({', '.join(about)})")
+        elif rendered.token_rewards:
+            about.append(f"{len(ends)} steps, return {sum(rewards):g}")
+        if rendered.behaviour_logprobs and rendered.behaviour_logprobs[k] is not None:
+            about.append(f"behaviour log-prob {rendered.behaviour_logprobs[k]:g}")
+        lines.append(f"  response {k + 1} {''.join(pieces)} ({', '.join(about)})")
     return lines
-
-
-def _piece(text: str, trained: bool, reward: float) -> str:
-    shown = f"[{text}]" if trained else f"{{{text}}}"
-    return shown + (f"⟨{reward:+g}⟩" if reward else "")
 
 
 def memory(config: RunConfig, model: str, lengths: list[int]) -> list[str]:

@@ -42,6 +42,7 @@ Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1)]
 Precision = Literal["auto", "float32", "bfloat16"]
+Attention = Literal["auto", "sdpa", "eager", "flex_attention"]
 
 
 # --------------------------------------------------------------------------------------------------- data
@@ -154,13 +155,18 @@ class ModelConfig(Section):
     """The frozen reference; default: the model that training starts from."""
     dtype: Precision = "auto"
     """`auto`: bfloat16 where the processor has it natively, else float32. Master weights are float32 either way."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention implementation of transformers; must take a 4-D mask."""
+    attention: Attention = "auto"
+    """Attention implementation of transformers. `auto`: flex_attention on a GPU (it skips what a response may not see), else sdpa."""
     lora: LoraSection | None = None
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Only for models whose code you have read."""
+
+    @property
+    def unpacked_attention(self) -> Attention:
+        """For rows of one text (generation): a block mask would gain nothing."""
+        return "eager" if self.attention == "eager" else "sdpa"
 
 
 # ----------------------------------------------------------------------------------------------- training

@@ -15,11 +15,11 @@ import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.config import ConfigError, Precision
+from pipeline.config import Attention, ConfigError, Precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -213,7 +213,7 @@ def load_config(path: str, trust_remote_code: bool = False, key: str = "model.pa
 def load_causal_lm(
     path: str,
     dtype: torch.dtype,
-    attention: Literal["sdpa", "eager"] = "sdpa",
+    attention: Attention = "sdpa",
     trust_remote_code: bool = False,
     key: str = "model.path",
 ) -> PreTrainedModel:
@@ -233,7 +233,7 @@ def load_causal_lm(
 
 
 def load_backbone(
-    path: str, dtype: torch.dtype, attention: Literal["sdpa", "eager"] = "sdpa", trust_remote_code: bool = False
+    path: str, dtype: torch.dtype, attention: Attention = "sdpa", trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """The transformer below the output head of what `locate` gave. Raises `ConfigError`."""
     from transformers import AutoModel
@@ -246,7 +246,7 @@ def load_backbone(
 def load_scorer(
     path: str,
     dtype: torch.dtype,
-    attention: Literal["sdpa", "eager"] = "sdpa",
+    attention: Attention = "sdpa",
     trust_remote_code: bool = False,
     key: str = "model.path",
 ) -> PreTrainedModel:
@@ -277,6 +277,18 @@ def load_scorer(
     return model
 
 
+def _attention(attention: Attention, config: Any) -> str:
+    """`auto` → flex_attention where there is a GPU and the architecture takes it, else sdpa."""
+    if attention != "auto":
+        return attention
+    if not torch.cuda.is_available():
+        return "sdpa"
+    from transformers import AutoModelForCausalLM
+
+    architecture = AutoModelForCausalLM._model_mapping.get(type(config))
+    return "flex_attention" if getattr(architecture, "_supports_flex_attn", False) else "sdpa"
+
+
 def _classifies(config: Any) -> bool:
     names = getattr(config, "architectures", None) or [""]
     return names[0].endswith("ForSequenceClassification")
@@ -286,7 +298,7 @@ def _load(
     kind: Any,
     path: str,
     dtype: torch.dtype,
-    attention: str,
+    attention: Attention,
     trust_remote_code: bool,
     key: str,
     what: str,
@@ -304,7 +316,7 @@ def _load(
         model, info = kind.from_pretrained(
             path,
             dtype=dtype,
-            attn_implementation=attention,
+            attn_implementation=_attention(attention, load_config(path, trust_remote_code, key)),
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             **settings,

@@ -21,7 +21,7 @@ from typing import Any
 from pipeline.chat import Chat
 from pipeline.config import ConfigError, DataConfig
 from pipeline.contracts import Message, Record, Trajectories, Trajectory, Unpaired
-from pipeline.steps import dialogue, plain, token_rewards
+from pipeline.steps import dialogue, last_tokens, plain
 from pipeline.tokens import Encoder
 
 
@@ -37,6 +37,7 @@ class Rendered:
     trained: list[list[bool]] | None = None  # K × [R_k]: False on the environment's tokens; None: all are the policy's
     token_rewards: list[list[float]] | None = None  # K × [R_k]; None: the kind has no rewards
     behaviour_logprobs: list[float | None] | None = None  # K: log μ(response), nats; None: nowhere
+    step_ends: list[list[int]] | None = None  # K × steps: the token with which each ends; None: no trajectories
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class _Rollout:
     ids: list[int]
     trained: list[bool]
     rewards: list[float]
+    step_ends: list[int]
     text: str
 
 
@@ -116,13 +118,14 @@ class Renderer:
             None if all(all(rollout.trained) for rollout in rollouts) else [rollout.trained for rollout in rollouts],
             [rollout.rewards for rollout in rollouts],
             None if all(value is None for value in logged) else logged,
+            [rollout.step_ends for rollout in rollouts],
         )
 
     def _rollout(self, prompt: str | list[Message], text: str, ids: list[int], way: Trajectory) -> _Rollout:
         """One trajectory behind a prompt that is `text` and, as tokens, `ids`."""
         chat = not isinstance(prompt, str)
         segments = plain(way) if isinstance(prompt, str) else dialogue(self.chat, prompt, text, way)
-        found = _Rollout([], [], [], "".join(segment.text for segment in segments))
+        found = _Rollout([], [], [], [], "".join(segment.text for segment in segments))
         for segment in segments:
             # Never across a border of authors: the policy's tokens are those of its own text.
             context = self.encoder.context(text, ids + found.ids) if chat else ("", [])
@@ -134,10 +137,13 @@ class Renderer:
                 own = self._ended(own, chat, last=segment is segments[-1])
             elif not chat and {self.bos, self.eos} & set(own):
                 raise ValueError("a step of the environment contains BOS or EOS")
-            rewards = token_rewards(segment, tokens.ends)
+            start = len(found.ids)
             found.ids.extend(own)
             found.trained.extend([segment.policy] * len(own))
-            found.rewards.extend(rewards + [0.0] * (len(own) - len(rewards)))
+            found.rewards.extend([0.0] * len(own))
+            for token, reward in zip(last_tokens(segment, tokens.ends), segment.rewards, strict=True):
+                found.rewards[start + token] += reward
+                found.step_ends.append(start + token)
             text += segment.text
         found.rewards[-1] += way.reward
         return found

@@ -64,15 +64,15 @@ def dialogue(chat: Chat, prompt: Sequence[Message], prompt_text: str, trajectory
     return segments
 
 
-def token_rewards(segment: Segment, ends: Sequence[int]) -> list[float]:
-    """Rewards of the segment's tokens [R], from how many of its characters each covers with those before it."""
-    rewards = [0.0] * len(ends)
-    before = -1  # the last token of the step before
-    for stop, reward in zip(segment.ends, segment.rewards, strict=True):
+def last_tokens(segment: Segment, ends: Sequence[int]) -> list[int]:
+    """The token of the segment with which each step ends, from how many characters each covers with those before it."""
+    found = []
+    before = -1  # the last token of the steps before
+    for stop in segment.ends:
         last = bisect_right(ends, stop) - 1
-        rewards[last if last > before else min(before + 1, len(ends) - 1)] += reward
+        found.append(last if last > before else min(before + 1, len(ends) - 1))
         before = max(before, last)
-    return rewards
+    return found
 
 
 def _runs(trajectory: Trajectory) -> Iterator[tuple[bool, list[Step]]]:

@@ -8,6 +8,8 @@ Left out: what becomes of a state (`model`, `critic`, `reward`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -52,22 +54,49 @@ def _states(lm: nn.Module, batch: Batch, b: Tensor, k: Tensor, t: Tensor, shared
     return hidden[row, own.cumsum(-1)[row, t] - 1]
 
 
-def _attention_mask(lm: nn.Module, batch: Batch) -> Tensor | dict[str, Tensor]:
+def _attention_mask(lm: nn.Module, batch: Batch) -> Any:
     """The group mask as this model takes it: with its attention window, one mask per kind of layer where kinds differ."""
     config = lm.config.get_text_config()
-    full = group_mask(batch.segment)
-    masks = {"full_attention": full}
-    if (window := getattr(config, "sliding_window", None)) is not None:
-        distance = batch.position_ids[:, :, None] - batch.position_ids[:, None, :]  # [B, T, T]
-        masks["sliding_attention"] = full & (distance < window)[:, None]
-    if lm.config._attn_implementation != "sdpa":  # eager attention adds its mask
-        lowest = torch.finfo(lm.dtype).min
-        masks = {k: torch.zeros_like(m, dtype=lm.dtype).masked_fill(~m, lowest) for k, m in masks.items()}
     kinds = set(getattr(config, "layer_types", None) or [])
+    window = getattr(config, "sliding_window", None)
+    form = {"sdpa": _dense, "eager": _added, "flex_attention": _blocks}[lm.config._attn_implementation]
     if len(kinds) > 1:
-        return masks
+        windows = {"full_attention": None, "sliding_attention": window}
+        return {kind: form(batch, windows[kind], lm.dtype) for kind in kinds}
     sliding = "sliding_attention" in kinds or (not kinds and window is not None)
-    return masks["sliding_attention" if sliding else "full_attention"]
+    return form(batch, window if sliding else None, lm.dtype)
+
+
+def _dense(batch: Batch, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[B, 1, T, T] bool, for SDPA."""
+    full = group_mask(batch.segment)
+    if window is None:
+        return full
+    distance = batch.position_ids[:, :, None] - batch.position_ids[:, None, :]  # [B, T, T]
+    return full & (distance < window)[:, None]
+
+
+def _added(batch: Batch, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[B, 1, T, T], 0 or the lowest number: eager attention adds its mask."""
+    mask = _dense(batch, window, dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _blocks(batch: Batch, window: int | None, dtype: torch.dtype) -> Any:
+    """The same rule for FlexAttention, which skips blocks that nobody looks at: siblings cost nothing."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    segment, position = batch.segment, batch.position_ids
+
+    def visible(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        of, to = segment[b, query], segment[b, key]
+        seen = (query >= key) & (to >= 0) & ((to == 0) | (to == of))
+        if window is not None:
+            seen = seen & (position[b, query] - position[b, key] < window)
+        return seen | (query == key)
+
+    rows, width = segment.shape
+    return create_block_mask(visible, rows, None, width, width, device=segment.device)
 
 
 PROBE = Row(0, [5, 11, 7], [[13, 4], [9, 3]])

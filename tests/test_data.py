@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline import data, reference
 from pipeline.collate import collate
+from pipeline.contracts import RECORDS, Needs
 from pipeline.data import DataError
 from pipeline.model import load_policy
+from pipeline.objectives.dpo import Dpo
 from pipeline.rows import MANIFEST, Rows, StaleCache
 
 
@@ -148,6 +153,137 @@ def test_other_weights_or_rows_get_another_reference(make_config, tmp_path: Path
     assert one != two
     assert Rows(rows, one)[0].ref_logprobs != Rows(rows, two)[0].ref_logprobs
     assert reference.score(config, rows, config.model.path, local=True) == one
+
+
+TRAJECTORIES = [
+    {"prompt": "a", "trajectories": [{"steps": ["no"], "reward": 0}, {"steps": ["ye", "s"], "step_rewards": [1, 2]}]},
+    {
+        "prompt": "b",
+        "steps": ["x", {"text": "tool", "role": "environment"}, "y"],
+        "step_logprobs": [-1, 0, -2],
+        "reward": 3,
+    },
+    {"prompt": "c", "trajectories": [{"response": "z", "reward": 1}] * 2},
+    {"prompt": "d", "steps": []},
+]
+
+
+def write_records(path: Path, records: list[dict]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return f"data.sources=[{{path: {path}}}]"
+
+
+@pytest.fixture
+def make_rewarded(make_config, tmp_path: Path):
+    """make_rewarded(records, kind, …) → a configuration of an objective that takes any kind."""
+
+    def make(records: list[dict], kind: str, *more: str):
+        objective = "objective={name: tests.test_data:Anything}"
+        path = write_records(tmp_path / f"{kind}.jsonl", records)
+        return make_config(objective, f"data.kind={kind}", path, "data.max_bad_fraction=0.5", *more)
+
+    return make
+
+
+def test_trajectories_become_rows_with_their_rewards_and_authors(make_rewarded) -> None:
+    folder = prepare(make_rewarded(TRAJECTORIES, "trajectory"))
+    from tests.conftest import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    first, second, third = (Rows(folder)[i] for i in range(3))
+    assert [tokenizer.decode(ids) for ids in first.response_ids] == ["yes<|im_end|>", "no<|im_end|>"]
+    assert first.token_rewards == [[0, 1, 2, 0], [0, 0, 0]]
+    assert (first.trained, first.behaviour_logprobs, first.mismatched) == (None, None, False)
+    assert tokenizer.decode(second.response_ids[0]) == "xtooly<|im_end|>"
+    assert second.trained == [[True] + [False] * 4 + [True] * 2]
+    assert second.token_rewards == [[0, 0, 0, 0, 0, 0, 3]]
+    assert second.behaviour_logprobs == [-3.0]
+    assert third.response_ids[0] == third.response_ids[1]  # samples, not a comparison
+    found = data.summary(folder)
+    assert found.reasons == {"no steps": 1}
+    assert (found.responses, found.repeated, found.environment_tokens, found.behaviour) == (5, 1, 4, 1)
+    assert found.mean_return == pytest.approx((3 + 0 + 3 + 1 + 1) / 5)
+
+
+def test_the_reference_scores_environment_turns_as_context(make_rewarded) -> None:
+    config = make_rewarded(TRAJECTORIES, "trajectory")
+    rows = prepare(config)
+    joined = Rows(rows, reference.score(config, rows, config.model.path, local=True))
+    policy = load_policy(config.model, config.model.path)
+    row = joined[1]
+    with torch.no_grad():
+        logits = policy.lm(torch.tensor([row.prompt_ids + row.response_ids[0]])).logits[0].log_softmax(-1)
+    start = len(row.prompt_ids) - 1
+    whole = [float(logits[start + t, token]) for t, token in enumerate(row.response_ids[0])]
+    expected = [value if own else 0.0 for value, own in zip(whole, row.trained[0], strict=True)]
+    assert row.ref_logprobs[0] == pytest.approx(expected, abs=2e-5)
+
+
+class Anything(Dpo):
+    """DPO that does not mind which kind of record it gets: these tests do not train."""
+
+    needs: ClassVar[Needs] = Needs(records=frozenset(RECORDS))
+    match: bool = False
+
+    def needed(self) -> Needs:
+        return Needs(records=self.needs.records, mismatched=self.match)
+
+
+UNPAIRED = [
+    {"prompt": prompt, "response": response, "label": label}
+    for prompt, response, label in (("a", "one", True), ("a", "two", False), ("bb", "three", True), ("a", "four", True))
+]
+
+
+def test_unpaired_rows_and_their_mismatched_partners(make_rewarded) -> None:
+    from tests.conftest import tiny_tokenizer
+
+    plain = make_rewarded(UNPAIRED, "unpaired")
+    config = make_rewarded(UNPAIRED, "unpaired", "objective.match=true", "data.max_length=6")
+    assert prepare(plain) != prepare(config)
+    rows = Rows(prepare(plain))
+    assert [rows[i].token_rewards[0][-1] for i in range(4)] == [1, -1, 1, 1]
+    assert data.summary(prepare(plain)).mismatched == 0
+    folder = prepare(config)
+    rows = Rows(folder)
+    texts = [[tiny_tokenizer().decode(ids) for ids in rows[i].response_ids] for i in range(4)]
+    # Prompts a, a, bb, a: the next row of another prompt, in a circle; cut to what fits behind the own prompt.
+    assert texts == [
+        ["one<|im_end|>", "three"],
+        ["two<|im_end|>", "three"],
+        ["three", "four<|im_end|>"],
+        ["four<|im_end|>", "three"],
+    ]
+    assert all(rows[i].mismatched for i in range(4))
+    assert [[sum(rewards) for rewards in rows[i].token_rewards] for i in range(4)] == [[1, 0], [-1, 0], [1, 0], [1, 0]]
+    found = data.summary(folder)
+    assert (found.mismatched, found.responses, found.mean_return) == (4, 4, 0.5)
+    assert found.tokens == sum(rows[i].tokens for i in range(4))
+    batch = collate([rows[i] for i in range(4)])
+    assert batch.valid.tolist() == [[True, False]] * 4
+    assert batch.response_mask[:, 1].any(-1).all()
+
+
+@given(st.lists(st.integers(0, 2), max_size=7))
+def test_partners_are_the_next_of_another_prompt(prompts: list[int]) -> None:
+    rows = [
+        {
+            "prompt_hash": prompt,
+            "prompt_ids": [0],
+            "response_ids": [[i]],
+            "trained": None,
+            "token_rewards": None,
+            "behaviour_logprobs": None,
+            "mismatched": False,
+        }
+        for i, prompt in enumerate(prompts)
+    ]
+    count = data.mismatch(rows, 9)
+    for i, row in enumerate(rows):
+        others = [j % len(rows) for j in range(i + 1, i + len(rows)) if prompts[j % len(rows)] != prompts[i]]
+        assert row["response_ids"] == [[i], *([[others[0]]] if others else [])]
+        assert row["mismatched"] == bool(others)
+    assert count == sum(row["mismatched"] for row in rows)
 
 
 @pytest.mark.ray

@@ -144,6 +144,23 @@ def test_ranking_layouts(value, expected):
     assert shown(parse(value, "ranking")) == expected
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"prompt": "p", "response": "a", "label": True}, ("p", "a", True)),
+        ({"prompt": "p", "response": "a", "label": 0}, ("p", "a", False)),
+        ({"prompt": "p", "completion": "a", "label": 1.0}, ("p", "a", True)),
+        ({"prompt": "p", "response": "a", "label": "bad"}, ("p", "a", False)),
+        ({"prompt": "p", "completion": "a", "label": "good"}, ("p", "a", True)),
+        ({"prompt": [user("hi")], "completion": [assistant("a")], "label": False}, (HI, "a", False)),
+        ({"response": "\n\nHuman: x\n\nAssistant: a", "label": 1}, ("\n\nHuman: x\n\nAssistant:", " a", True)),
+    ],
+)
+def test_unpaired_layouts(value, expected):
+    record = parse(value, "unpaired")
+    assert (*shown(record)[:1], record.response, record.label) == expected
+
+
 def test_weights_are_kept():
     assert parse({"prompt": "p", "response": "a", "weight": 0.25}, "demonstration").weight == 0.25
 
@@ -156,6 +173,7 @@ def test_ties():
 
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+GOOD = {"prompt": "p", "response": "a", "label": True}
 RANKED = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}
 
 
@@ -174,6 +192,13 @@ RANKED = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}
         ("ranking", {"prompt": "p", "ranks": [1, 2]}, "missing field: responses"),
         ("ranking", {"prompt": "p", "responses": ["a", "b"]}, "missing field: ranks or scores"),
         ("ranking", RANKED | {"scores": [1, 2]}, "both ranks and scores are given"),
+        ("demonstration", {"response": "one two"}, "missing field: prompt"),
+        ("unpaired", {"prompt": "p", "label": True}, "missing field: response"),
+        ("unpaired", {"prompt": "p", "response": "a"}, "missing field: label"),
+        ("unpaired", GOOD | {"label": 2}, "wrong label: neither true or false, 1 or 0, nor good or bad"),
+        ("unpaired", GOOD | {"label": "yes"}, "wrong label: neither true or false, 1 or 0, nor good or bad"),
+        ("unpaired", GOOD | {"label": [1]}, "wrong type: label is a list, expected true or false"),
+        ("unpaired", GOOD | {"response": " "}, "empty response: response"),
         ("preference", PAIR | {"prompt": 5}, "wrong type: prompt is a number, expected text or messages"),
         ("preference", PAIR | {"chosen": ["a"]}, "wrong type: responses are partly text and partly messages"),
         (
@@ -271,6 +296,7 @@ def test_the_prompt_alone():
 
 
 FIELDS = ["prompt", "chosen", "rejected", "response", "responses", "ranks", "scores", "messages", "system", "weight"]
+FIELDS += ["label", "steps", "reward", "trajectories"]
 JSON = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5)),
     lambda inner: st.one_of(

@@ -65,6 +65,31 @@ def test_packed_forward_equals_separate_forwards(name: str, attention: str) -> N
     assert (logprobs[~collate(ROWS).response_mask] == 0).all()
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_flex_attention_equals_sdpa(name: str) -> None:
+    """Its forward; uncompiled, for want of a GPU. Its backward pass has no CPU form."""
+    torch.compiler.set_stance("force_eager")
+    try:
+        policy = Policy(build(name, attention="flex_attention"))
+        assert policy.shared_prompt
+        with torch.no_grad():
+            flex, sdpa = (p(collate(ROWS)).logprobs for p in (policy, Policy(build(name))))
+    finally:
+        torch.compiler.set_stance("default")
+    torch.testing.assert_close(flex, sdpa, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has a backward pass on GPUs only")
+def test_flex_attention_has_the_gradients_of_sdpa() -> None:
+    grads = []
+    for attention in ("flex_attention", "sdpa"):
+        policy = Policy(build("llama", attention=attention).cuda())
+        policy(collate(ROWS).to("cuda")).logprobs.sum().backward()
+        grads.append([p.grad for p in policy.parameters()])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text"])
 def test_gradients_equal_those_of_separate_forwards(name: str) -> None:
     lm = build(name)

@@ -114,9 +114,11 @@ def _dqo(
     epochs: int,
     alone: int,
     data: Dataset = "outcome",
-    **objective: Any,
+    importance: str = "behaviour",
+    lam: float = 1.0,
 ) -> Method:
-    return Method(title, data, _policy("dqo", lr, epochs, beta=beta, **objective) | _critic(critic, alone))
+    plain = _policy("dqo", lr, epochs, beta=beta, importance=importance, lam=lam)
+    return Method(title, data, plain | _critic(critic, alone))
 
 
 def _kto(beta: float, lr: float, epochs: int) -> Method:
@@ -163,7 +165,14 @@ BLOCKS: dict[str, Block] = {
                 "DQO, critic 5e-5, no importance weights", 0.3, 1.5e-4, 5e-5, 4, 64, importance="none"
             ),
             "dqo_slow_lambda": _dqo(
-                "DQO, critic 5e-5, no importance weights, λ = 0.95", 0.3, 1.5e-4, 5e-5, 4, 64, importance="none", lam=0.95
+                "DQO, critic 5e-5, no importance weights, λ = 0.95",
+                0.3,
+                1.5e-4,
+                5e-5,
+                4,
+                64,
+                importance="none",
+                lam=0.95,
             ),
             "dqo_process": _dqo("DQO, process rewards", 0.06, 1.5e-4, 1e-3, 4, 64, "process"),
             "dqo_process_no_is": _dqo(

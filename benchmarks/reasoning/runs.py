@@ -3,6 +3,9 @@
 Everything goes through the pipeline: `driver.fit` trains, the decoding stage samples. All results are files, so that calling
 again continues: fits resume, finished ones return at once, and scores lie in the run's folder. Both functions may be called
 from several processes on one Ray cluster at a time, for different worlds or runs.
+
+Workers train under Ray Train. Preparing rows and decoding take a second or two here, a tenth of what starting an actor for
+them takes: they run in the calling process, as everything does where the place is `local`.
 """
 
 from __future__ import annotations
@@ -73,16 +76,16 @@ def make_world(place: Place, name: str, block: Block, seed: int) -> dict[str, An
         write(folder / "sft.jsonl", ({"prompt": p, "response": t} for p, t in zip(prompts, texts, strict=True)))
     config = configure(place, f"{name}-sft", folder / "init", "demonstration", folder / "sft.jsonl", SFT, seed)
     scores = fit_and_score(place, config, f"{name}/sft", seed, validation=False)
-    sample_data(place, config, scores["model"], folder, block, seed)
+    sample_data(config, scores["model"], folder, block, seed)
     return scores
 
 
-def sample_data(place: Place, config: RunConfig, model: str, folder: Path, block: Block, seed: int) -> dict[str, int]:
+def sample_data(config: RunConfig, model: str, folder: Path, block: Block, seed: int) -> dict[str, int]:
     """Sample the model at temperature 1 and write every data set into `folder`; returns the number of records of each."""
     if not (folder / "samples.json").is_file():
         started = time.monotonic()
         prompts = training_prompts(block.prompts, f"prompts/{seed}")
-        samples = sample(place, config, model, prompts, temperature=1.0, per_prompt=block.samples, seed=seed)
+        samples = sample(config, model, prompts, temperature=1.0, per_prompt=block.samples, seed=seed)
         sets = data_sets(samples, seed)
         for kind, records in sets.items():
             write(folder / f"{kind}.jsonl", records)
@@ -105,9 +108,7 @@ def run_method(
     return fit_and_score(place, config, f"{name}/{label}", seed, validation)
 
 
-def configure(
-    place: Place, name: str, model: str | Path, kind: str, data: Path, changes: Any, seed: int
-) -> RunConfig:
+def configure(place: Place, name: str, model: str | Path, kind: str, data: Path, changes: Any, seed: int) -> RunConfig:
     """`changes` laid over the benchmark's base configuration."""
     own = {
         "name": f"{name}-s{seed}",
@@ -125,12 +126,14 @@ def fit_and_score(place: Place, config: RunConfig, label: str, seed: int, valida
 
     def score(result: driver.Result, tracker: Tracker) -> None:
         seconds = time.monotonic() - started
-        found = accuracies(place, config, str(result.export), validation)
+        found = accuracies(config, str(result.export), validation)
         steps = read_metrics(result.run / METRICS_FILE)
         found |= {
             "model": str(result.export),
             "steps": len(steps),
-            "train_seconds": round(len(steps) * config.train.rows_per_step / median(s["rows_per_second"] for s in steps), 1),
+            "train_seconds": round(
+                len(steps) * config.train.rows_per_step / median(s["rows_per_second"] for s in steps), 1
+            ),
             "fit_seconds": round(seconds, 1),
             "total_seconds": round(time.monotonic() - started, 1),
         }
@@ -140,20 +143,21 @@ def fit_and_score(place: Place, config: RunConfig, label: str, seed: int, valida
         if place.parent is not None:
             tracker.log_summary({"mlflow.parentRunId": place.parent})
 
+    driver.prepare(config, local=True)
     result = driver.fit(config, place.local, score)
     if not (result.run / SCORES).is_file():  # killed between the export and the scores
         score(result, Tracker())
     return json.loads((result.run / SCORES).read_text())
 
 
-def accuracies(place: Place, config: RunConfig, model: str, validation: bool) -> dict[str, float]:
+def accuracies(config: RunConfig, model: str, validation: bool) -> dict[str, float]:
     """Greedy and strict accuracy of a model, and sampled at temperature 1; on the validation prompts greedy alone."""
     if validation:
-        greedy = sample(place, config, model, validation_prompts(), temperature=0.0)
+        greedy = sample(config, model, validation_prompts(), temperature=0.0)
         return {"validation": _share([s.correct for s in greedy])}
     prompts = test_prompts()
-    greedy = sample(place, config, model, prompts, temperature=0.0)
-    sampled = sample(place, config, model, prompts, temperature=1.0, seed=SAMPLED_SEED)
+    greedy = sample(config, model, prompts, temperature=0.0)
+    sampled = sample(config, model, prompts, temperature=1.0, seed=SAMPLED_SEED)
     return {
         "greedy": _share([s.correct for s in greedy]),
         "strict": _share([s.strict for s in greedy]),
@@ -162,7 +166,6 @@ def accuracies(place: Place, config: RunConfig, model: str, validation: bool) ->
 
 
 def sample(
-    place: Place,
     config: RunConfig,
     model: str,
     prompts: Sequence[str],
@@ -188,8 +191,8 @@ def sample(
         settings,
         config=config.model,
         stop_ids=sorted(render.stop_ids),
-        resources=Resources(cpus=config.scaling.cpus_per_worker, actors=1),
-        local=place.local,
+        resources=Resources(),
+        local=True,
     )
     return [Sample.of(prompts[d["prompt"]], d) for d in decoded]
 

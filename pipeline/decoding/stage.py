@@ -36,7 +36,7 @@ class DecodePrompts:
         options = ModelConfig.model_validate(config)
         self.settings = SamplingConfig.model_validate(settings)
         self.tokenizer = load_tokenizer(model, options.trust_remote_code)
-        loaded = load_causal_lm(model, precision(options.dtype), options.attention, options.trust_remote_code)
+        loaded = load_causal_lm(model, precision(options.dtype), options.unpacked_attention, options.trust_remote_code)
         self.model = loaded.to(torch.device("cuda" if gpu else "cpu"))
         self.decode, self.stop_ids = DECODERS[decoder], stop_ids
         pad = self.tokenizer.pad_token_id

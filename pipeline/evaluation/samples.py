@@ -100,7 +100,10 @@ class MeasureKL:
     def __init__(self, policy: str, reference: str, config: dict[str, Any], budget: int, gpu: bool) -> None:
         own = ModelConfig.model_validate(config)
         place, dtype = "cuda" if gpu else "cpu", precision(own.dtype)
-        models = [load_causal_lm(p, dtype, own.attention, own.trust_remote_code).to(place) for p in (policy, reference)]
+        models = [
+            load_causal_lm(p, dtype, own.unpacked_attention, own.trust_remote_code).to(place)
+            for p in (policy, reference)
+        ]
         self.policy, self.reference, self.budget = models[0].eval(), models[1].eval(), budget
 
     def __call__(self, item: Item) -> Item:

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.objectives.rejection_sft import RejectionSft, best_of
 from pipeline.objectives.sft import Sft
-from tests.batches import LENGTHS, as_out, loss_of, make_batch, make_logprobs, same_update
+from tests.batches import LENGTHS, as_out, batch_of, loss_of, make_batch, make_logprobs, same_update
 
 
 def test_sft_worked():
@@ -55,3 +55,49 @@ def test_rejection_sft_worked():
 def test_rejection_sft_of_pairs_is_sft():
     batch = make_batch(LENGTHS["preference"], weight=[1, 2, 0.5, 0])
     same_update(RejectionSft(), Sft(), batch, make_logprobs(batch))
+
+
+def test_of_trajectories_sft_takes_the_best_ones_policy_tokens():
+    batch = batch_of("trajectory")
+    raw = make_logprobs(batch)
+    (grad,) = torch.autograd.grad(Sft()(as_out(raw, batch), batch).terms["nll"].total, raw)
+    assert torch.equal(grad[:, 0], -batch.response_mask[:, 0].float())
+    assert not grad[:, 1:].any()
+    assert Sft().weight(batch)["nll"] == batch.response_mask[:, 0].sum() < sum(row[0] for row in LENGTHS["trajectory"])
+
+
+def test_rejection_skips_what_has_no_token_to_train_on():
+    """The best response has none: of the two that are left the better one is kept, and of one the only one."""
+    assert best_of(torch.tensor([[False, True, True]]), 0.5).tolist() == [[False, True, False]]
+    assert best_of(torch.tensor([[False, False, True]]), 0.5).tolist() == [[False, False, True]]
+
+
+def test_rejection_by_reward_worked():
+    """Returns 1.5, 1 and 0.5 of row 0, 0 of row 1: with a bound of 1 the two better ones of row 0 are kept, none of row 1."""
+    batch = make_batch([[2, 1, 1], [3]])
+    rewards = torch.zeros(batch.response_mask.shape)
+    rewards[0, 0, :2], rewards[0, 1, 0], rewards[0, 2, 0] = torch.tensor([0.5, 1.0]), 1.0, 0.5
+    batch = replace(batch, token_rewards=rewards)
+    raw = torch.tensor([-1.0, -3.0, -9.0]).expand(2, 3, 3).clone().requires_grad_()
+    objective, out = RejectionSft(min_reward=1.0), as_out(raw, batch)
+    loss = loss_of(objective, out, batch)
+    assert loss.item() == pytest.approx((1 + 3 + 1) / 3)
+    (grad,) = torch.autograd.grad(loss, raw)
+    torch.testing.assert_close(grad[0, :, 0], torch.tensor([-1.0, -1.0, 0.0]) / 3)
+    assert not grad[1].any()
+    kept = objective(out, batch).metrics["kept"]
+    assert (kept.total.item(), kept.weight.item()) == (2.0, 2.0)
+
+
+def test_rejection_by_reward_of_unpaired_takes_the_good_ones_and_no_mismatched_one():
+    """A mismatched response has the return 0, which the bound 0 does not exclude."""
+    batch = batch_of("unpaired")
+    raw = make_logprobs(batch)
+    (grad,) = torch.autograd.grad(loss_of(RejectionSft(min_reward=0.0), as_out(raw, batch), batch), raw)
+    assert (grad != 0).any(-1).tolist() == [[True, False], [False, False], [True, False], [False, False]]
+
+
+def test_rejection_asks_for_data_that_it_can_sort():
+    """By rewards only where there are some; unpaired responses only by reward, or bad ones would be trained on."""
+    assert RejectionSft().needed().records == {"ranking", "preference", "trajectory"}
+    assert RejectionSft(min_reward=0.0).needed().records == {"trajectory", "unpaired"}

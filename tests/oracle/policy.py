@@ -98,8 +98,8 @@ def rewarded(mdp: TokenMdp, batch: Batch, behaviour: Tensor | None = None) -> Ba
     """The batch with the MDP's rewards on its tokens, and log μ(response) where a `behaviour` table [X, S, V] of
     log-probabilities is given (over the policy's tokens, as records have it)."""
     prompt, state = visited(mdp, batch)
-    ends = mdp.next_state[state, batch.response_ids] < 0  # [B, K, R]
-    inside = (batch.predictor > 0) | (batch.response_mask) | (ends.cumsum(-1) - ends.int() == 0)
+    ends = (mdp.next_state[state, batch.response_ids] < 0).int()  # [B, K, R]
+    inside = (ends.cumsum(-1) == ends) & batch.response_mask.any(-1, keepdim=True)  # not behind an end, not padding
     reward = torch.where(inside, mdp.token_reward[prompt, state, batch.response_ids], 0.0)
     logged = None
     if behaviour is not None:

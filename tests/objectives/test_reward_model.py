@@ -1,0 +1,51 @@
+"""Reward model: Bradley–Terry and Plackett–Luce on scores, and where a score stands."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pipeline.contracts import PolicyOut
+from pipeline.objectives.reward_model import RewardModel
+from tests.batches import as_trajectories, loss_of, make_batch
+
+
+def scored(scores: list[list[float]], lengths: list[list[int]]):
+    batch = make_batch(lengths)
+    tensor = torch.tensor(scores, requires_grad=True)
+    return batch, tensor, PolicyOut(torch.zeros(batch.response_mask.shape), scores=tensor)
+
+
+def test_pairs_worked():
+    """Scores 2 and 0.5: −log σ(1.5) = 0.201413; 0.1 times the mean of 4 and 0.25 more to keep them near 0."""
+    batch, scores, out = scored([[2.0, 0.5]], [[3, 1]])
+    assert loss_of(RewardModel(), out, batch).item() == pytest.approx(0.2014133, abs=1e-6)
+    loss = loss_of(RewardModel(center_weight=0.1), out, batch)
+    assert loss.item() == pytest.approx(0.2014133 + 0.1 * 2.125, abs=1e-6)
+    (grad,) = torch.autograd.grad(loss, scores)
+    slope = 1 / (1 + math.exp(1.5))
+    torch.testing.assert_close(grad, torch.tensor([[-slope + 0.1 * 2.0, slope + 0.1 * 0.5]]))
+
+
+def test_rankings_worked():
+    """Scores log 4, log 2, log 1: P = 4/7 · 2/3; the second prompt has a pair, 3/4, and what stands at its padding is nothing."""
+    batch, _, out = scored([[math.log(4), math.log(2), 0.0], [math.log(3), 0.0, 99.0]], [[1, 2, 1], [2, 2]])
+    assert loss_of(RewardModel(), out, batch).item() == pytest.approx((math.log(21 / 8) + math.log(4 / 3)) / 2)
+    centered = RewardModel(center_weight=1.0)
+    squares = math.log(4) ** 2 + math.log(2) ** 2 + math.log(3) ** 2
+    extra = loss_of(centered, out, batch) - loss_of(RewardModel(), out, batch)
+    assert extra.item() == pytest.approx(squares / 5, rel=1e-5), "a mean over all five responses"
+    metrics = centered(out, batch).metrics
+    assert (metrics["score"].total.item(), metrics["score"].weight.item()) == pytest.approx((math.log(24), 5))
+    assert metrics["score_square"].total.item() == pytest.approx(squares)
+
+
+def test_the_score_stands_on_the_last_trained_token():
+    batch, _, out = scored([[2.0, 0.5]], [[3, 1]])
+    torch.testing.assert_close(
+        RewardModel().token_reward(out, batch), torch.tensor([[[0.0, 0.0, 2.0], [0.5, 0.0, 0.0]]])
+    )
+    batch = as_trajectories(make_batch([[5, 1]]))  # its token 4 is the environment's
+    assert RewardModel().token_reward(out, batch)[0, 0].tolist() == [0.0, 0.0, 0.0, 2.0, 0.0]

@@ -1,0 +1,44 @@
+"""What `--dry-run` shows of a record: whose each token is, where steps end and rewards land, labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jobs.preview import preview, sample
+from pipeline.config import DataConfig, Source
+from pipeline.layouts import parse
+from pipeline.rendering import Renderer
+from tests.conftest import tiny_tokenizer
+
+
+def shown(value: dict, kind: str) -> list[str]:
+    tokenizer = tiny_tokenizer()
+    render = Renderer(tokenizer, DataConfig(kind=kind, sources=(Source(path="x"),)))
+    return sample(tokenizer, render(parse(value, kind)), kind)
+
+
+def test_a_trajectory_shows_authors_steps_and_rewards():
+    steps = [{"text": "a\n"}, {"text": "=", "role": "environment"}, {"text": "b", "reward": 0.25}]
+    value = {"prompt": "p", "steps": steps, "reward": 1, "step_logprobs": [-1, None, -2]}
+    assert shown(value, "trajectory") == [
+        "  prompt     'p' (1 tokens, not trained on)",
+        "  response 1 [a][⏎]⟨+0⟩{=}⟨+0⟩[b]⟨+0.25⟩[<|im_end|>]⟨+1⟩ "
+        "(5 tokens, 1 of them the environment's, 3 steps, return 1.25, behaviour log-prob -3)",
+    ]
+
+
+def test_labels_and_plain_records():
+    value = {"prompt": "p", "response": "a"}
+    assert shown(value | {"label": True}, "unpaired")[1] == "  response 1 [a][<|im_end|>]⟨+1⟩ (2 tokens, good)"
+    assert shown(value | {"label": False}, "unpaired")[1] == "  response 1 [a][<|im_end|>]⟨-1⟩ (2 tokens, bad)"
+    assert shown(value, "demonstration")[1] == "  response 1 [a][<|im_end|>] (2 tokens)"
+
+
+def test_the_sample_is_the_first_usable_record(make_config, tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    pairs = [{"prompt": "p"}, {"prompt": "q", "chosen": "yes", "rejected": "no"}]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    report = preview(make_config(f"data.sources=[{{path: {path}}}]", "data.max_bad_fraction=0.5"))
+    assert "sample     a.jsonl:2\n  prompt     'q'" in report
+    assert "[y][e][s][<|im_end|>] (4 tokens)" in report
