@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,17 @@ from pipeline.sources import Chunk, RawRecord, plan, read
 from pipeline.stage import Item, Resources, run_stage
 
 QUARANTINE = "quarantine.jsonl"
+COUNTED = (
+    "prompts_cut",
+    "responses_cut",
+    "tokens",
+    "responses",
+    "environment_tokens",
+    "repeated",
+    "behaviour",
+    "mismatched",
+)
+"""Fields of `Summary` that add up over chunks."""
 CHUNK_BYTES = 4 * 2**20
 """Input of one part: some seconds of tokenising, so that actors share the work evenly."""
 
@@ -46,6 +57,7 @@ class Summary:
     rows: int
     quarantined: int
     reasons: dict[str, int]  # reason → records, most frequent first
+    mean_return: float | None  # over the responses; None: the kind has no rewards
     prompts_cut: int  # rows whose prompt lost tokens on the left
     responses_cut: int  # responses that lost tokens on the right
     tokens: int
@@ -54,7 +66,6 @@ class Summary:
     repeated: int  # responses that say the same as a better or an earlier one of their row
     behaviour: int  # rows whose responses all have log-probs under the policy that made them
     mismatched: int  # rows that got a response to another prompt
-    mean_return: float | None  # over the responses; None: the kind has no rewards
 
 
 class PrepareChunk:
@@ -234,9 +245,14 @@ def summarise(chunks: list[dict[str, Any]]) -> Summary:
         tally.update(chunk["tally"])
     rows, bad = sum(chunk["rows"] for chunk in chunks), sum(reasons.values())
     mean = tally["return"] / tally["rewarded"] if tally["rewarded"] else None
-    counted = {field.name: tally[field.name] for field in fields(Summary) if field.type == "int"}
-    counted |= {"records": rows + bad, "rows": rows, "quarantined": bad}
-    return Summary(**counted, reasons=dict(reasons.most_common()), mean_return=mean)
+    return Summary(
+        records=rows + bad,
+        rows=rows,
+        quarantined=bad,
+        reasons=dict(reasons.most_common()),
+        mean_return=mean,
+        **{name: int(tally[name]) for name in COUNTED},
+    )
 
 
 def summary(folder: Path) -> Summary:

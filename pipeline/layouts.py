@@ -33,8 +33,8 @@ from pipeline.dialogues import (
 )
 from pipeline.trajectories import RESPONSES, trajectories
 
-LABELS = {"good": True, "bad": False}
-"""Words for the label of an unpaired response."""
+LABELS: dict[str | int | float, bool] = {"good": True, "bad": False, 1: True, 0: False}
+"""Labels of an unpaired response; true and false are 1 and 0 to Python."""
 
 
 def parse(value: Mapping[str, Any], kind: RecordKind, ties: str = "refuse") -> Record:
@@ -134,15 +134,11 @@ def _unpaired(given: dict[str, Any]) -> dict[str, Any]:
 
 def _label(value: Any) -> bool:
     """Good or bad, as people write it."""
-    if isinstance(value, str):
-        if value not in LABELS:
-            raise ValueError(f"wrong label: neither true or false, 1 or 0, nor {' or '.join(LABELS)}")
-        return LABELS[value]
-    if not isinstance(value, bool | int | float):
+    if not isinstance(value, str | bool | int | float):
         raise ValueError(f"wrong type: label is {kind_of(value)}, expected true or false")
-    if value not in (0, 1):
-        raise ValueError(f"wrong label: neither true or false, 1 or 0, nor {' or '.join(LABELS)}")
-    return bool(value)
+    if value in LABELS:
+        return LABELS[value]
+    raise ValueError("wrong label: neither true or false, 1 or 0, nor good or bad")
 
 
 _LAYOUTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {

@@ -109,16 +109,17 @@ class Renderer:
         if len(prompt) + longest > self.data.max_length:  # cut on the right, a reward would lose its place
             raise ValueError("a trajectory does not fit max_length")
         logged = [way.behaviour_logprob for way in ways]
+        authored = not all(all(rollout.trained) for rollout in rollouts)
         return Rendered(
-            prompt,
-            [rollout.ids for rollout in rollouts],
-            len(whole) - len(prompt),
-            0,
-            prompt_text + rollouts[0].text,
-            None if all(all(rollout.trained) for rollout in rollouts) else [rollout.trained for rollout in rollouts],
-            [rollout.rewards for rollout in rollouts],
-            None if all(value is None for value in logged) else logged,
-            [rollout.step_ends for rollout in rollouts],
+            prompt_ids=prompt,
+            response_ids=[rollout.ids for rollout in rollouts],
+            prompt_tokens_cut=len(whole) - len(prompt),
+            responses_cut=0,
+            text=prompt_text + rollouts[0].text,
+            trained=[rollout.trained for rollout in rollouts] if authored else None,
+            token_rewards=[rollout.rewards for rollout in rollouts],
+            behaviour_logprobs=logged if any(value is not None for value in logged) else None,
+            step_ends=[rollout.step_ends for rollout in rollouts],
         )
 
     def _rollout(self, prompt: str | list[Message], text: str, ids: list[int], way: Trajectory) -> _Rollout:

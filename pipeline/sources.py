@@ -4,8 +4,8 @@
 of their first record. `read` turns a chunk into `RawRecord`s; a record that cannot be read is one with an `error`,
 never an exception.
 
-Left out: finding files (`files`), columns of other layouts (`columns`), what the fields mean (`layouts`), and where
-chunks are read (`data`, on Ray).
+Left out: finding files (`files`), JSON (`json_records`), columns of other layouts (`columns`), what the fields mean
+(`layouts`), and where chunks are read (`data`, on Ray).
 """
 
 from __future__ import annotations
@@ -23,14 +23,11 @@ import pyarrow as pa
 from pipeline.columns import mapped
 from pipeline.config import ConfigError, Source, digest
 from pipeline.files import File, compression, one_line, open_binary, resolve
-
-EXCERPT = 500
-"""Characters of a record that the quarantine file shows."""
+from pipeline.json_records import BYTE_ORDER_MARK, excerpt, parse_array, parse_line
 
 # A line that holds nothing but white space; the lookahead leaves its end to be the next line's beginning.
 _BLANK_LINE = re.compile(rb"\n[ \t\r\x0b\x0c]*(?=\n)")
 _BLANK_START = re.compile(rb"[ \t\r\x0b\x0c]*\n")
-_MARK = b"\xef\xbb\xbf"  # byte order mark, which Windows programs write
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +155,7 @@ def _scan_array(path: str, content: Any) -> Iterator[_Span]:
     with open_binary(path) as stream:
         data = stream.read()
     content.update(data)
-    yield 0, len(data), 1, len(_elements(data))
+    yield 0, len(data), 1, len(parse_array(data))
 
 
 def _scan_parquet(path: str, chunk_bytes: int, content: Any) -> Iterator[_Span]:
@@ -208,14 +205,14 @@ def _read_lines(chunk: Chunk) -> Iterator[_Part]:
         position, number = chunk.start, chunk.first_line
         while position < chunk.stop and (line := stream.readline()):
             if line.strip():
-                yield number, *_parse_line(line if position else line.removeprefix(_MARK)), _excerpt(line)
+                yield number, *parse_line(line if position else line.removeprefix(BYTE_ORDER_MARK)), excerpt(line)
             position += len(line)
             number += 1
 
 
 def _read_array(chunk: Chunk) -> Iterator[_Part]:
     with open_binary(chunk.path) as stream:
-        yield from ((number, *element) for number, element in enumerate(_elements(stream.read()), start=1))
+        yield from ((number, *element) for number, element in enumerate(parse_array(stream.read()), start=1))
 
 
 def _read_parquet(chunk: Chunk) -> Iterator[_Part]:
@@ -232,7 +229,7 @@ def _read_parquet(chunk: Chunk) -> Iterator[_Part]:
             low, high = max(chunk.start - position, 0), min(chunk.stop - position, batch.num_rows)
             if low < high:
                 for number, (value, error) in enumerate(_rows(batch.slice(low, high - low)), position + low + 1):
-                    yield number, value, error, _excerpt(value)
+                    yield number, value, error, excerpt(value)
             position += batch.num_rows
 
 
@@ -251,65 +248,3 @@ def _mapped(value: dict[str, Any], source: Source) -> tuple[dict[str, Any] | Non
         return mapped(value, source), None
     except ValueError as error:
         return None, str(error)
-
-
-def _excerpt(value: Any) -> str:
-    if isinstance(value, bytes):
-        return value[: 4 * EXCERPT].decode("utf-8", "replace").strip()[:EXCERPT]
-    return json.dumps(value, default=str)[:EXCERPT]
-
-
-# --------------------------------------------------------------------------------------------------- JSON
-
-
-class _NotFinite(ValueError):
-    """NaN or Infinity, which Python's parser would take."""
-
-
-def _refuse_constant(name: str) -> None:
-    raise _NotFinite(name)
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-
-
-def _parse_json(data: bytes) -> tuple[Any, str | None]:
-    """Any JSON value, or the reason why there is none."""
-    try:
-        return _DECODER.decode(data.decode("utf-8")), None
-    except UnicodeDecodeError:
-        return None, "bad UTF-8"
-    except json.JSONDecodeError as error:
-        return None, f"broken JSON: {error.msg}"
-    except _NotFinite:
-        return None, "broken JSON: NaN or Infinity"
-    except RecursionError:
-        return None, "broken JSON: nested too deeply"
-    except ValueError:
-        return None, "broken JSON: number too long"
-
-
-def _parse_line(data: bytes) -> tuple[dict[str, Any] | None, str | None]:
-    value, error = _parse_json(data)
-    return (None, error) if error else _checked(value, data)
-
-
-def _elements(data: bytes) -> list[tuple[dict[str, Any] | None, str | None, str]]:
-    """Elements of a file that is one array. It is one JSON value: broken anywhere, it counts as one broken record."""
-    value, error = _parse_json(data.removeprefix(_MARK))
-    if error:
-        return [(None, error, _excerpt(data))]
-    assert isinstance(value, list), "a file that begins with [ is an array or broken"
-    return [(*_checked(element, data), _excerpt(element)) for element in value]
-
-
-def _checked(value: Any, data: bytes) -> tuple[dict[str, Any] | None, str | None]:
-    """`value`, parsed from `data`, if it is an object whose strings can be encoded again."""
-    if not isinstance(value, dict):
-        return None, "not a JSON object"
-    if b"\\ud" in data or b"\\uD" in data:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            return None, "bad Unicode: half of a surrogate pair"
-    return value, None

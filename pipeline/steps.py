@@ -67,11 +67,11 @@ def dialogue(chat: Chat, prompt: Sequence[Message], prompt_text: str, trajectory
 def last_tokens(segment: Segment, ends: Sequence[int]) -> list[int]:
     """The token of the segment with which each step ends, from how many characters each covers with those before it."""
     found = []
-    before = -1  # the last token of the steps before
+    before = -1  # where the step before ends
     for stop in segment.ends:
         last = bisect_right(ends, stop) - 1
         found.append(last if last > before else min(before + 1, len(ends) - 1))
-        before = max(before, last)
+        before = last
     return found
 
 

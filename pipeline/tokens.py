@@ -30,6 +30,7 @@ class Encoder:
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int | None = tokenizer.eos_token_id
         self.adds_bos = self.bos is not None and tokenizer("a")["input_ids"][:1] == [self.bos]
+        self._knows_places = getattr(tokenizer, "is_fast", False)
         # SentencePiece-like tokenizers put a space in front of every text; a response must not gain one.
         self._adds_space = tokenizer.decode(self.encode("a") * 2, clean_up_tokenization_spaces=False) == "a a"
 
@@ -47,7 +48,7 @@ class Encoder:
 
     def after(self, context: str, ids: list[int], part: str, cuts: Sequence[int] = ()) -> Tokens:
         """Tokens of a text that follows the context's, from both together where its own are a prefix of those."""
-        if self.tokenizer.is_fast or not cuts:
+        if self._knows_places or not cuts:
             return self._follow(context, ids, part)
         found = Tokens([], [])
         for start, stop in pairwise([0, *(cut for cut in cuts if cut < len(part)), len(part)]):
@@ -84,7 +85,7 @@ class Encoder:
     def _placed(self, text: str) -> Tokens:
         found = self.tokenizer(text, add_special_tokens=False, verbose=False)
         ids = list(found["input_ids"])
-        if not self.tokenizer.is_fast:
+        if not self._knows_places:
             return Tokens(ids, [len(text)] * len(ids))
         # Several tokens of one character end where it does; an end never lies before an earlier one.
         return Tokens(ids, list(accumulate((end for _, end in found.encodings[0].offsets), max)))

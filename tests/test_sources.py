@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from pipeline.config import ConfigError, Source
-from pipeline.sources import EXCERPT, Chunk, plan, read
+from pipeline.json_records import EXCERPT
+from pipeline.sources import Chunk, plan, read
 
 
 def records(made) -> list:

@@ -189,7 +189,7 @@ def test_a_dialogue_is_what_the_tokenizers_own_template_says():
 def test_templates_that_strip_and_templates_with_bos():
     tokenizer = byte_level(LLAMA)
     rendered = render(
-        tokenizer, [said("\nthe ", 1.0), said("cat\n", 2.0), tool(" sat "), said("on")], prompt=chat("hi")
+        tokenizer, [said("\n\n\n\nthe ", 1.0), said("cat\n", 2.0), tool(" sat "), said("on")], prompt=chat("hi")
     )
     assert stretches(tokenizer, rendered) == [
         (True, "the cat</s>"),

@@ -16,7 +16,7 @@ from pipeline.ops import importance_weights
 
 
 class Dqo(Objective):
-    """L = E[w mean_t (βρ − sg(r + X(next) − V))²] / β + E[w mean_t (V − sg G^λ)²] (arXiv 2410.09302, §3).
+    """L = E[w mean_t (βρ − sg(r + X(next) − V))²] / β + E[w mean_t (V − sg G^λ)²] (arXiv 2410.09302).
 
     G^λ are the λ-returns of r − βρ, X is G^λ or V; mean_t runs over the policy's tokens of a trajectory, E over
     trajectories. The first term, `q`, moves the policy alone, the second, `value`, the critic alone. The paper's text

@@ -15,8 +15,7 @@ BASELINE = "mismatched_log_ratio"
 
 
 def kto_loss(reward: Tensor, baseline: float, desirable: Tensor) -> Tensor:
-    """1 − σ(±(reward − baseline)), + where desirable; rewards βℓ and the baseline βz₀, [B, K] → [B, K]
-    (arXiv 2402.01306, Eq. 8)."""
+    """1 − σ(±(reward − baseline)), + where desirable; rewards βℓ and the baseline βz₀: [B, K] → [B, K]."""
     assert reward.shape == desirable.shape
     return torch.sigmoid(torch.where(desirable, baseline - reward, reward - baseline))
 

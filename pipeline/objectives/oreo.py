@@ -21,7 +21,7 @@ from pipeline.objectives.bellman import (
 class Oreo(Objective):
     """L = (E[mean_t (V − R + βρ + sg[β Σ_later ρ])²] + α E[mean_t KL(π ‖ π_ref)]) / β + E[mean_t (V − sg(R − β Σ_{≥t} ρ))²].
 
-    R is the sum of rewards from token t on, α is `kl_weight` (arXiv 2412.16145, Eq. 8–10). That is DQO at λ = 1 without
+    R is the sum of rewards from token t on, α is `kl_weight` (arXiv 2412.16145, Eq. 9). That is DQO at λ = 1 without
     importance weights, plus the exact KL. The paper's policy loss as a whole is divided by β, as DQO's is, so that α means
     what it means there. `q` and `kl` move the policy, `value` the critic; `kl_weight` = 0 saves the reference's pass.
     Own metrics: `value`, `advantage`, `value_error`, `sequence_log_ratio` as in DQO, and `kl`, the mean per trained token, nats.

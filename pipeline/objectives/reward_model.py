@@ -15,8 +15,8 @@ from pipeline.objectives.plackett_luce import plackett_luce_loss
 class RewardModel(Objective):
     """L = −E log P_PL(y_1 ≻ … ≻ y_K) of scores s(x, y); for pairs −E log σ(s(y_w) − s(y_l)), Bradley–Terry.
 
-    It trains a scorer, no policy: s is read at a response's last token (arXiv 2009.01325, §3.4). Scores are fixed only up to
-    a constant per prompt; `center_weight` · mean s² picks the one near 0 (arXiv 2312.09244, §3), which makes scores of
+    It trains a scorer, no policy: s is read at a response's last token (arXiv 2009.01325). Scores are fixed only up to
+    a constant per prompt; `center_weight` · mean s² picks the one near 0 (arXiv 2312.09244), which makes scores of
     different prompts comparable. 0.01 is enough.
     Own metrics: `score` (mean) and `score_square` (mean square, which grows with the margins), over all responses.
     """

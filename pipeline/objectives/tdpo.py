@@ -12,7 +12,7 @@ from pipeline.objectives.dpo import dpo_loss
 
 
 class Tdpo(Objective):
-    """L = −E log σ(u − αδ), u = βℓ(y_w) − βℓ(y_l), δ = βD(y_l) − βD(y_w) (arXiv 2404.11999, Eq. 13–17).
+    """L = −E log σ(u − αδ), u = βℓ(y_w) − βℓ(y_l), δ = βD(y_l) − βD(y_w) (arXiv 2404.11999 and its code).
 
     D(y) = Σ_t KL(π_ref(·|s_t) ‖ π(·|s_t)) over the policy's tokens of y, exact, from both models' full distributions.
     Variant 1 is the paper's TDPO₁ at α = 1: its gradient also *raises* the KL on y_w. Variant 2 stops the gradient of

@@ -42,6 +42,14 @@ def plain(objective, terms: str = "q value") -> dict[str, float]:
     return {name: objective(out, batch).terms[name].total.item() for name in terms.split()}
 
 
+@pytest.mark.parametrize("objective", [Dqo(beta=BETA), Oreo(beta=BETA), Dro(beta=BETA)])
+def test_implied_rewards_worked(objective):
+    """β times the log-ratios 2 and −3."""
+    batch, out = worked()
+    torch.testing.assert_close(objective.token_reward(out, batch), torch.tensor([[[0.2, 0.0, -0.3]]]))
+    torch.testing.assert_close(objective.implied_reward(out, batch), torch.tensor([[-0.1]]))
+
+
 # --------------------------------------------------------------------------------------------------- DQO
 
 
@@ -197,6 +205,8 @@ def test_dro_worked():
     metrics = Dro(beta=BETA)(out, batch).metrics
     means = {name: (mean.total / mean.weight).item() for name, mean in metrics.items()}
     assert means == pytest.approx({"value": 0.4, "value_error": 1.2, "sequence_log_ratio": -1.0})
+    error = Dro(beta=BETA)(replace(out, values=out.values + 2.0), batch).metrics["value_error"]
+    assert error.total.item() == pytest.approx(0.8), "1.2 − 2, without its sign"
 
 
 def test_dro_values_the_state_before_the_policys_first_token():

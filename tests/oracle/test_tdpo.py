@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pipeline.objectives.tdpo import Tdpo
-from tests.oracle.cases import BETA, small, soft_pairs, trained_dpo
+from tests.oracle.cases import BETA, small, soft_pairs, tiny, trained_dpo
 from tests.oracle.flow import settle
 from tests.oracle.mdp import TokenMdp, kl
 from tests.oracle.policy import TabularPolicy, divergence, fit
@@ -60,8 +60,8 @@ def test_variant_2_reaches_neither():
 
 @pytest.mark.parametrize("variant", [1, 2])
 def test_without_its_kl_it_is_dpo(variant):
-    policy = settle(small(), Tdpo(beta=BETA, variant=variant, alpha=0.0), soft_pairs(small()))
-    assert abs(kl(policy.logprob(), small().optimum)) < 1e-10
+    policy = settle(tiny(), Tdpo(beta=BETA, variant=variant, alpha=0.0), soft_pairs(tiny()))
+    assert abs(kl(policy.logprob(), tiny().optimum)) < 1e-10
 
 
 def test_variant_2_holds_the_divergence_down():

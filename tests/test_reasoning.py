@@ -1,0 +1,177 @@
+"""The reasoning benchmark: its task and its data by worked examples, and (a drill) DQO's headline from a shipped checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.chain_arithmetic import (
+    EOS_ID,
+    FACTS,
+    MID,
+    RESPONSE_TOKENS,
+    Teacher,
+    answer,
+    demonstrations,
+    draw_prompts,
+    is_correct,
+    is_strict,
+    misconceptions,
+    result,
+    sound_lines,
+    split_lines,
+    tokenizer,
+)
+from benchmarks.reasoning import runs
+from benchmarks.reasoning.claims import claims_table, verdict
+from benchmarks.reasoning.methods import BLOCKS
+from benchmarks.reasoning.records import KIND, Sample, data_sets, pairs, trajectory, write
+from pipeline import data
+from pipeline.rows import Rows
+
+CHECKPOINT = Path(__file__).parent / "data" / "chain-arithmetic-mid"
+"""A model after supervised training on MID demonstrations of seed 0; written by `benchmarks.reasoning`."""
+
+PROMPT = "7+5*3-4*2+9:"
+RIGHT = "7+5=2\n2*3=6\n6-4=2\n2*2=4\n4+9=3\n"
+LUCKY = "7+5=2\n2*3=8\n8-4=4\n4*2=4\n4+9=3\n"  # two errors that cancel: 2·3 = 8 and 4·2 = 4
+WRONG = "7+5=2\n2*3=6\n6-4=2\n2*2=4\n4+9=4\n"
+
+
+def sampled(response: str, prompt: str = PROMPT, ended: bool = True) -> Sample:
+    """A sample with log-probability −1, −2, … of its tokens."""
+    return Sample(prompt, response, [-float(i) for i in range(1, len(response) + 1 + ended)], ended)
+
+
+# ---------------------------------------------------------------------------------------------------- task
+
+
+def test_a_chain_is_computed_from_left_to_right_modulo_10() -> None:
+    assert answer(PROMPT) == 3
+    assert answer("0-1*9-9*7+8:") == 2  # 0−1 = 9, 9·9 = 1, 1−9 = 2, 2·7 = 4, 4+8 = 2
+
+
+def test_judgement_of_right_lucky_and_wrong_responses() -> None:
+    assert (is_correct(PROMPT, RIGHT), is_strict(PROMPT, RIGHT)) == (True, True)
+    assert (is_correct(PROMPT, LUCKY), is_strict(PROMPT, LUCKY)) == (True, False)
+    assert (is_correct(PROMPT, WRONG), is_strict(PROMPT, WRONG)) == (False, False)
+    assert sound_lines(PROMPT, LUCKY) == [True, False, True, False, True]  # a line that goes on from an error is sound
+    assert sound_lines(PROMPT, "7+5=2\n3*3=9\n9-4=5\n5+2=7\n") == [True, False, True, False, False]
+    assert not is_strict(PROMPT, RIGHT + "4+9=3\n"), "a sixth line is too much"
+    assert not is_correct(PROMPT, RIGHT[:-1]), "the last line has to be complete"
+
+
+def test_demonstrations_follow_the_teachers_beliefs() -> None:
+    beliefs = misconceptions(MID, seed=5)
+    assert len(beliefs) == round(0.14 * len(FACTS))
+    assert all(result(*fact) != wrong for fact, wrong in beliefs.items())
+    prompts = draw_prompts(300, "test")
+    stubborn = demonstrations(Teacher(wrong=1.0, slip=0.0), prompts, seed=5)
+    facts = [((int(line[0]), line[1], int(line[2])), int(line[4])) for text in stubborn for line in split_lines(text)]
+    assert all(written == beliefs.get(fact, result(*fact)) for fact, written in facts)
+    assert {fact for fact, _ in facts} & beliefs.keys()
+    assert all(map(is_strict, prompts, demonstrations(Teacher(wrong=0.0, slip=0.0), prompts, seed=5)))
+
+
+def test_training_validation_and_test_prompts_are_disjoint() -> None:
+    train, validation, test = runs.training_prompts(2000, "any"), runs.validation_prompts(), runs.test_prompts()
+    assert len({*train, *validation, *test}) == len(train) + len(validation) + len(test) == 3400
+
+
+def test_a_token_is_a_character_and_no_character_is_unknown_in_silence() -> None:
+    own = tokenizer()
+    ids = own(RIGHT)["input_ids"]
+    assert own.decode(ids) == RIGHT and len(ids) == len(RIGHT) == RESPONSE_TOKENS - 1
+    assert own("7x")["input_ids"] == [7, own.eos_token_id], "renderers refuse a text with EOS inside"
+
+
+# ---------------------------------------------------------------------------------------------------- data
+
+
+def test_trajectories_carry_rewards_and_log_probabilities_line_by_line() -> None:
+    outcome, process = trajectory(sampled(LUCKY), process=False), trajectory(sampled(LUCKY), process=True)
+    assert [step["text"] for step in outcome["steps"]] == split_lines(LUCKY)
+    assert [step["logprob"] for step in outcome["steps"]] == [-21, -57, -93, -129, -165 - 31]  # the last one with EOS
+    assert outcome["reward"] == 1.0 and not any("reward" in step for step in outcome["steps"])
+    assert process["reward"] == 0.0
+    assert [step.get("reward", 0.0) for step in process["steps"]] == [0.2, 0.0, 0.2, 0.0, 0.2]
+
+
+def test_pairs_use_every_sample_and_repeat_the_rarer_kind() -> None:
+    other = "1+1+1+1+1+1:"
+    samples = [sampled(RIGHT), sampled(WRONG), sampled(LUCKY), sampled("1+1=2\n", other), sampled("1+1=3\n", other)]
+    found = list(pairs(samples, seed=0))
+    assert {(p["prompt"], p["rejected"]) for p in found} == {(PROMPT, WRONG)}, (
+        "a prompt without a right response is out"
+    )
+    assert sorted(p["chosen"] for p in found) == sorted([RIGHT, LUCKY])
+
+
+def test_data_sets_leave_out_what_did_not_end() -> None:
+    sets = data_sets([sampled(RIGHT), sampled(WRONG), sampled(RIGHT, ended=False), sampled("")], seed=0)
+    assert {name: len(records) for name, records in sets.items()} == {
+        "outcome": 2,
+        "process": 2,
+        "correct": 1,
+        "pairs": 1,
+        "unpaired": 2,
+    }
+    assert [record["label"] for record in sets["unpaired"]] == [True, False]
+
+
+@pytest.mark.parametrize(("name", "expected"), [("process", {5: 0.2, 17: 0.2, 29: 0.2}), ("outcome", {30: 1.0})])
+def test_rewards_land_on_the_last_token_of_their_line(name: str, expected: dict[int, float], tmp_path: Path) -> None:
+    write(tmp_path / "data.jsonl", data_sets([sampled(LUCKY)], seed=0)[name])
+    place, method = runs.Place(str(tmp_path), local=True), BLOCKS["hard"].methods["dqo_process"]
+    config = runs.configure(place, "x", CHECKPOINT, "trajectory", tmp_path / "data.jsonl", method.config, seed=0)
+    row = Rows(data.prepare(config, str(CHECKPOINT), local=True))[0]
+    assert row.response_ids == [[*tokenizer()(LUCKY)["input_ids"], EOS_ID]]
+    assert row.token_rewards is not None
+    assert {i: round(reward, 6) for i, reward in enumerate(row.token_rewards[0]) if reward} == expected
+    assert row.behaviour_logprobs == [-496.0]  # −1 −2 … −31
+
+
+def test_every_setting_is_a_valid_configuration() -> None:
+    place = runs.Place("unused", local=True)
+    for name, block in BLOCKS.items():
+        tried = [*block.methods.items(), *((m, s) for m, settings in block.tuned.items() for s in settings)]
+        for label, method in tried:
+            config = runs.configure(place, f"{name}-{label}", "m", KIND[method.data], Path("d"), method.config, seed=1)
+            assert config.optimizer.schedule == config.critic.optimizer.schedule == "hold_decay"
+            assert config.optimizer.warmup_steps == 20 and config.seed == 1
+        assert all(len(settings) == 4 for settings in block.tuned.values())
+
+
+# ------------------------------------------------------------------------------------------------- verdicts
+
+
+def scores(*greedy: float) -> list[dict[str, float]]:
+    return [{"greedy": value} for value in greedy]
+
+
+def test_a_claim_counts_only_when_every_seed_agrees() -> None:
+    assert verdict(scores(0.9, 0.8), scores(0.8, 0.7)) == "seen"
+    assert verdict(scores(0.7, 0.8), scores(0.8, 0.9)) == "contradicted"
+    assert verdict(scores(0.9, 0.6), scores(0.8, 0.7)) == verdict(scores(0.8), scores(0.8)) == "not separable"
+    lines = claims_table({"mid": {"sft": scores(0.5), "dqo": scores(0.9)}}).splitlines()
+    assert len(lines) == 3 and "`dqo` 0.900, `sft` 0.500 | **seen** |" in lines[2]
+
+
+# ------------------------------------------------------------------------------------------------ headline
+
+
+@pytest.mark.slow
+def test_dqo_lifts_the_shipped_checkpoint(tmp_path: Path) -> None:
+    """Samples, labels and 128 steps of DQO: at least 20 points more, at least 85 % of 1000 prompts."""
+    place, block = runs.Place(str(tmp_path), local=True), BLOCKS["mid"]
+    method = block.methods["dqo"]
+    config = runs.configure(place, "sft", CHECKPOINT, "trajectory", tmp_path / "none", method.config, seed=0)
+    before = runs.accuracies(config, str(CHECKPOINT), validation=False)
+    counts = runs.sample_data(config, str(CHECKPOINT), place.world("mid", 0), block, seed=0)
+    assert counts["outcome"] >= 4090
+    after = runs.run_method(place, "mid", method, str(CHECKPOINT), seed=0, label="dqo")
+    assert after["steps"] == 128
+    assert after["greedy"] >= 0.85
+    assert after["greedy"] - before["greedy"] >= 0.20
+    assert after["sampled"] > before["sampled"] + 0.10
