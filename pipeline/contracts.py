@@ -269,7 +269,7 @@ class Batch:
         return self.token_rewards.sum(-1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: under ZeRO-3 DeepSpeed looks for tensors in its __dict__
 class PolicyOut:
     """What one forward of the policy (and the critic) yields; optional fields are filled as `Needs` asks."""
 

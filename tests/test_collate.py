@@ -56,9 +56,9 @@ def test_what_no_row_has_is_no_tensor() -> None:
 
 
 def test_a_mismatched_response_is_computed_and_not_counted() -> None:
-    batch = collate([Row(0, [1], [[2, 3], [4]], mismatched=True), Row(1, [1], [[5]])])
-    assert batch.response_mask.tolist() == [[[True, True], [True, False]], [[True, False], [False, False]]]
-    assert batch.valid.tolist() == [[True, False], [True, False]]
+    batch = collate([Row(0, [1], [[2, 3], [4]], mismatched=True), Row(1, [1], [[5], [6], [7]])])
+    assert batch.response_mask.sum(-1).tolist() == [[2, 1, 0], [1, 1, 1]]
+    assert batch.valid.tolist() == [[True, False, False], [True, True, True]]
 
 
 def test_a_response_without_a_token_to_train_on_is_not_valid() -> None:

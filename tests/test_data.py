@@ -165,6 +165,10 @@ TRAJECTORIES = [
     },
     {"prompt": "c", "trajectories": [{"response": "z", "reward": 1}] * 2},
     {"prompt": "d", "steps": []},
+    {
+        "prompt": "e",
+        "trajectories": [{"steps": [{"text": "x", "logprob": -1}], "reward": 2}, {"response": "y", "reward": 1}],
+    },
 ]
 
 
@@ -201,8 +205,8 @@ def test_trajectories_become_rows_with_their_rewards_and_authors(make_rewarded) 
     assert third.response_ids[0] == third.response_ids[1]  # samples, not a comparison
     found = data.summary(folder)
     assert found.reasons == {"no steps": 1}
-    assert (found.responses, found.repeated, found.environment_tokens, found.behaviour) == (5, 1, 4, 1)
-    assert found.mean_return == pytest.approx((3 + 0 + 3 + 1 + 1) / 5)
+    assert (found.responses, found.repeated, found.environment_tokens, found.behaviour) == (7, 1, 4, 1)
+    assert found.mean_return == pytest.approx((3 + 0 + 3 + 1 + 1 + 2 + 1) / 7)
 
 
 def test_the_reference_scores_environment_turns_as_context(make_rewarded) -> None:
@@ -231,15 +235,15 @@ class Anything(Dpo):
 
 UNPAIRED = [
     {"prompt": prompt, "response": response, "label": label}
-    for prompt, response, label in (("a", "one", True), ("a", "two", False), ("bb", "three", True), ("a", "four", True))
+    for prompt, response, label in (("a", "one", True), ("a", "two", False), ("bb", "three", True), ("abc", "x", True))
 ]
 
 
 def test_unpaired_rows_and_their_mismatched_partners(make_rewarded) -> None:
     from tests.conftest import tiny_tokenizer
 
-    plain = make_rewarded(UNPAIRED, "unpaired")
-    config = make_rewarded(UNPAIRED, "unpaired", "objective.match=true", "data.max_length=6")
+    plain = make_rewarded(UNPAIRED, "unpaired", "data.max_length=6")
+    config = make_rewarded(UNPAIRED, "unpaired", "data.max_length=6", "objective.match=true")
     assert prepare(plain) != prepare(config)
     rows = Rows(prepare(plain))
     assert [rows[i].token_rewards[0][-1] for i in range(4)] == [1, -1, 1, 1]
@@ -247,12 +251,12 @@ def test_unpaired_rows_and_their_mismatched_partners(make_rewarded) -> None:
     folder = prepare(config)
     rows = Rows(folder)
     texts = [[tiny_tokenizer().decode(ids) for ids in rows[i].response_ids] for i in range(4)]
-    # Prompts a, a, bb, a: the next row of another prompt, in a circle; cut to what fits behind the own prompt.
+    # Prompts a, a, bb, abc: the next row of another prompt, in a circle; cut to what fits behind the own prompt.
     assert texts == [
         ["one<|im_end|>", "three"],
         ["two<|im_end|>", "three"],
-        ["three", "four<|im_end|>"],
-        ["four<|im_end|>", "three"],
+        ["three", "x<|im_end|>"],
+        ["x<|im_end|>", "one"],
     ]
     assert all(rows[i].mismatched for i in range(4))
     assert [[sum(rewards) for rewards in rows[i].token_rewards] for i in range(4)] == [[1, 0], [-1, 0], [1, 0], [1, 0]]

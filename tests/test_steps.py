@@ -65,18 +65,18 @@ def test_rewards_land_on_the_last_token_of_their_step():
         (2.0, text),
         (1.0, text + "<|im_end|>"),
     ]
-    assert rendered.trained is None
+    assert (rendered.trained, rendered.behaviour_logprobs) == (None, None)
     assert rendered.text == "the cat" + text
 
 
 def test_a_token_over_a_border_belongs_to_the_step_that_it_ends_in():
     tokenizer = smollm2()
     assert len(tokenizer("vement")["input_ids"]) == 1
-    rendered = render(tokenizer, [said("It is a mo", 1.0), said("ve", 2.0), said("ment.", 4.0)])
+    rendered = render(tokenizer, [said("It is a mo", 1.0), said("v", 2.0), said("e", 4.0), said("ment.", 8.0)])
     pieces = [text_of(tokenizer, [token]) for token in rendered.response_ids[0]]
     assert pieces == ["It", " is", " a", " movement", ".", "<|im_end|>"]
-    # The second step has no token of its own: its reward goes to the token that holds its last character.
-    assert rendered.token_rewards == [[0, 0, 1.0, 2.0, 4.0, 0]]
+    # The steps inside the word have no token of their own: their rewards go to the one that holds their last character.
+    assert rendered.token_rewards == [[0, 0, 1.0, 6.0, 8.0, 0]]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

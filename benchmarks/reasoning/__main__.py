@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from pipeline import cluster, tracking
 from pipeline.config import RunConfig
 from pipeline.config_file import validate
 from pipeline.durable import write_json
+from pipeline.errors import UserError
 
 Scores = dict[str, Any]
 
@@ -48,35 +50,53 @@ class Plan:
         return fixed + 1 + sum(map(len, block.tuned.values())) + len(self.seeds) * len(block.tuned)
 
 
-def main() -> None:
+FULL = Plan(list(BLOCKS), SEEDS, tuned=True)
+
+
+def main() -> int:
+    """The command. Errors that a user can mend are one line and exit status 2."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reasoning", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="one seed of MID, without the methods that need tuning")
     parser.add_argument("--storage", default="outputs", help="folder for all files (default: outputs)")
     parser.add_argument("--at-once", type=int, default=2, help="runs at a time, one CPU each (default: 2)")
     options = parser.parse_args()
-    plan = Plan(["mid"], SEEDS[:1], tuned=False) if options.quick else Plan(list(BLOCKS), SEEDS, tuned=True)
-    name = "quick" if options.quick else "full"
-    folder = Path(options.storage).absolute() / "reasoning" / name
-    folder.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    config = parent_config(options.storage)
-    tracker = tracking.start(config, folder, f"reasoning-{name}")
+    name, plan = ("quick", Plan(["mid"], SEEDS[:1], tuned=False)) if options.quick else ("full", FULL)
+    command = "python -m benchmarks.reasoning" + (" --quick" if options.quick else "")
+    try:
+        run(plan, Path(options.storage).absolute() / "reasoning" / name, options.storage, options.at_once, command)
+    except BrokenProcessPool:
+        print("error: a driver process died; see the logs, and repeat the command to continue", file=sys.stderr)
+        return 2
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(plan: Plan, folder: Path, storage: str, at_once: int, command: str) -> None:
+    """All of `plan`, with the report in `folder` and one MLflow run above those of all fits."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = parent_config(storage)
+    tracker = tracking.start(config, folder, f"reasoning-{folder.name}")
     tracker.log_summary({"benchmark": "reasoning"})
     tracker.last_step()  # sends what waits, so that the run exists
     parent = json.loads((folder / "tracking.json").read_text())["run_id"]
-    place = Place(options.storage, parent=parent)
-    with drivers(config, options.at_once, folder.parent / "log") as pool, progress(plan) as bar:
-        benchmark = Benchmark(place, plan, pool, bar)
-        for block in plan.blocks:
-            benchmark.run_block(block)
-            text = benchmark.page(" ".join(["python -m benchmarks.reasoning", *sys.argv[1:]]))
-            (folder / "report.md").write_text(text, encoding="utf-8")
-            write_json(folder / "results.json", benchmark.results)
-    for file in [folder / "report.md", *report.plot(benchmark.results, benchmark.titles, folder)]:
-        tracker.log_artifact(file)
-    tracker.log_summary(benchmark.summary())
-    tracker.finish("FINISHED")
-    print(text)
+    status: tracking.Status = "FAILED"
+    try:
+        with drivers(config, at_once, folder.parent / "log") as pool, progress(plan) as bar:
+            benchmark = Benchmark(Place(storage, parent=parent), plan, pool, bar)
+            for block in plan.blocks:
+                benchmark.run_block(block)
+                (folder / "report.md").write_text(benchmark.page(command), encoding="utf-8")
+                write_json(folder / "results.json", benchmark.results)
+        for file in [folder / "report.md", *report.plot(benchmark.results, benchmark.titles, folder)]:
+            tracker.log_artifact(file)
+        tracker.log_summary(benchmark.summary())
+        status = "FINISHED"
+    finally:
+        tracker.finish(status)
+    print(benchmark.page(command))
     print(f"written {folder}\nmlflow  {tracker.location}")
 
 
@@ -98,9 +118,11 @@ def drivers(config: RunConfig, count: int, logs: Path) -> Iterator[ProcessPoolEx
     address = ray.get_runtime_context().gcs_address
     logs.mkdir(parents=True, exist_ok=True)
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, spawn, initializer=_become_driver, initargs=(address, str(logs))) as pool:
-        yield pool
-    ray.shutdown()
+    try:
+        with ProcessPoolExecutor(count, spawn, initializer=_become_driver, initargs=(address, str(logs))) as pool:
+            yield pool
+    finally:
+        ray.shutdown()
 
 
 def _become_driver(address: str, logs: str) -> None:
@@ -149,7 +171,9 @@ class Benchmark:
         fixed = {(m, seed): self._submit(name, block, m, {}, models, seed) for m in block.methods for seed in seeds}
         settings = {(m, i): self._tune(name, block, m, i, models) for m, i in _settings(block) if self._plan.tuned}
         found = self._all(fixed | {("tune", *key): future for key, future in settings.items()})
-        chosen = self._choose(name, block, {key[1:]: found[key] for key in found if key[0] == "tune"})
+        validation = {(m, i): found["tune", m, i]["validation"] for m, i in settings}
+        self.tuning[name] = {block.tuned[m][i].title: accuracy for (m, i), accuracy in validation.items()}
+        chosen = best_settings(validation)
         found |= self._all(
             {(m, seed): self._submit(name, block, m, chosen, models, seed) for m in chosen for seed in seeds}
         )
@@ -187,12 +211,6 @@ class Benchmark:
             validation=True,
         )
 
-    def _choose(self, name: str, block: Block, found: Mapping[tuple[str, int], Scores]) -> dict[str, int]:
-        """Of each tuned method the setting with the best validation accuracy, the first of equals."""
-        self.tuning[name] = {block.tuned[m][i].title: scores["validation"] for (m, i), scores in found.items()}
-        methods = dict.fromkeys(m for m, _ in found)
-        return {m: max(range(len(block.tuned[m])), key=lambda i, m=m: (found[m, i]["validation"], -i)) for m in methods}
-
     def _all(self, futures: Mapping[tuple, Future[Scores]]) -> dict[tuple, Scores]:
         """Wait for all of them, moving the bar. A failure stops the benchmark; what is finished stays."""
         keys = {future: key for key, future in futures.items()}
@@ -206,6 +224,15 @@ class Benchmark:
         return {key: future.result() for key, future in futures.items()}
 
 
+def best_settings(validation: Mapping[tuple[str, int], float]) -> dict[str, int]:
+    """Of each method the setting with the best validation accuracy, the first of equals. validation: (method, setting) → it."""
+    best: dict[str, int] = {}
+    for (method, setting), accuracy in sorted(validation.items()):
+        if method not in best or accuracy > validation[method, best[method]]:
+            best[method] = setting
+    return best
+
+
 def _settings(block: Block) -> list[tuple[str, int]]:
     return [(method, place) for method, tried in block.tuned.items() for place in range(len(tried))]
 
@@ -213,4 +240,4 @@ def _settings(block: Block) -> list[tuple[str, int]]:
 if __name__ == "__main__":
     from benchmarks.reasoning import __main__ as program
 
-    program.main()
+    sys.exit(program.main())

@@ -1,13 +1,16 @@
 """What the papers say, and whether the scale model agrees: each claim is a comparison of two rows of the table.
 
-A claim counts as seen when the means say so and every seed does, as contradicted when every seed says the opposite; all else
-is open. Three seeds of 1000 prompts (standard error about 0.01 each) separate nothing finer.
+A claim counts as seen when every seed says so and the mean gap is beyond twice its binomial standard error, as contradicted
+when the same holds for the opposite. All else is not separable, and so is everything with fewer than three seeds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from benchmarks.reasoning.methods import TEST_PROMPTS
 
 Scores = Mapping[str, float]
 Rows = Mapping[str, Sequence[Scores]]
@@ -57,9 +60,16 @@ def mean(scores: Sequence[Scores], name: str = "greedy") -> float:
 def verdict(better: Sequence[Scores], worse: Sequence[Scores]) -> str:
     """seen | not separable | contradicted."""
     gaps = [one["greedy"] - other["greedy"] for one, other in zip(better, worse, strict=True)]
+    if len(gaps) < 3 or abs(sum(gaps)) <= 2 * math.sqrt(sum(_variance(score) for score in [*better, *worse])):
+        return "not separable"
     if min(gaps) > 0:
         return "seen"
     return "contradicted" if max(gaps) < 0 else "not separable"
+
+
+def _variance(score: Scores) -> float:
+    """Binomial, of one greedy accuracy."""
+    return score["greedy"] * (1 - score["greedy"]) / TEST_PROMPTS
 
 
 def claims_table(results: Mapping[str, Rows]) -> str:

@@ -33,6 +33,7 @@ def test_rankings_worked():
     """Scores log 4, log 2, log 1: P = 4/7 · 2/3; the second prompt has a pair, 3/4, and what stands at its padding is nothing."""
     batch, _, out = scored([[math.log(4), math.log(2), 0.0], [math.log(3), 0.0, 99.0]], [[1, 2, 1], [2, 2]])
     assert loss_of(RewardModel(), out, batch).item() == pytest.approx((math.log(21 / 8) + math.log(4 / 3)) / 2)
+    assert RewardModel().implied_reward(out, batch)[1].tolist() == pytest.approx([math.log(3), 0.0, 0.0])
     centered = RewardModel(center_weight=1.0)
     squares = math.log(4) ** 2 + math.log(2) ** 2 + math.log(3) ** 2
     extra = loss_of(centered, out, batch) - loss_of(RewardModel(), out, batch)
@@ -47,5 +48,7 @@ def test_the_score_stands_on_the_last_trained_token():
     torch.testing.assert_close(
         RewardModel().token_reward(out, batch), torch.tensor([[[0.0, 0.0, 2.0], [0.5, 0.0, 0.0]]])
     )
-    batch = as_trajectories(make_batch([[5, 1]]))  # its token 4 is the environment's
+    batch = as_trajectories(make_batch([[5, 1]]))  # tokens 1 and 4 are the environment's
     assert RewardModel().token_reward(out, batch)[0, 0].tolist() == [0.0, 0.0, 0.0, 2.0, 0.0]
+    batch = as_trajectories(make_batch([[6, 1]]))
+    assert RewardModel().token_reward(out, batch)[0, 0].tolist() == [0.0, 0.0, 0.0, 0.0, 0.0, 2.0]

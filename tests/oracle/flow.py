@@ -30,19 +30,21 @@ class Flow:
         self.mdp, self.objective = mdp, objective
         self.states, self.tokens = mdp.next_state.shape
         self.width = self.states * (self.tokens + objective.needed().critic)  # D
-        self.once, self.shifted = batch, copies(batch, 2 * self.width, mdp.prompts)
+        self.batch, self._shifted = batch, copies(batch, 2 * self.width, mdp.prompts)
 
     def point(self, policy: TabularPolicy) -> Tensor:
+        """The policy's tables in one row per prompt. [X, D]"""
         return torch.cat([policy.logits.flatten(1), policy.values], dim=1).detach()[:, : self.width]
 
     def policy(self, point: Tensor) -> TabularPolicy:
+        """The tables of such a row: the inverse of `point`."""
         logits, values = point.tensor_split([self.states * self.tokens], dim=1)
-        tabular = TabularPolicy(self.mdp, logits.reshape(-1, self.states, self.tokens))
-        return TabularPolicy(self.mdp, tabular.logits, values if values.shape[1] else None)
+        logits = logits.reshape(-1, self.states, self.tokens)
+        return TabularPolicy(self.mdp, logits, values if values.shape[1] else None)
 
-    def gradient(self, point: Tensor, batch: Batch) -> Tensor:
+    def gradient(self, point: Tensor, batch: Batch | None = None) -> Tensor:
         """What the loss says to move against, [X, D]; every term moves whatever it reaches, as one backward would."""
-        policy = self.policy(point)
+        policy, batch = self.policy(point), self.batch if batch is None else batch
         loss = loss_of(self.objective, policy(batch, self.objective.needed()), batch)
         parts = torch.autograd.grad(loss, [policy.logits, policy.values], allow_unused=True, materialize_grads=True)
         return torch.cat([part.flatten(1) for part in parts], dim=1)[:, : self.width]
@@ -52,7 +54,7 @@ class Flow:
         shift = SHIFT * torch.eye(self.width, dtype=point.dtype)
         shift = torch.cat([shift, -shift])[:, None]  # [2D, 1, D]
         # The copies' common denominator is 2D times as large.
-        moved = 2 * self.width * self.gradient((point + shift).flatten(0, 1), self.shifted)
+        moved = 2 * self.width * self.gradient((point + shift).flatten(0, 1), self._shifted)
         up, down = moved.reshape(2, self.width, *point.shape)
         return (up - down).permute(1, 2, 0) / (2 * SHIFT)
 
@@ -72,13 +74,13 @@ def settle(mdp: TokenMdp, objective: Objective, batch: Batch, *, steps: int = 80
     point, eye = flow.point(TabularPolicy(mdp)), torch.eye(flow.width, dtype=torch.float64)
     time = 1.0
     for _ in range(steps):
-        gradient = flow.gradient(point, batch)
+        gradient = flow.gradient(point)
         if gradient.abs().max() < 1e-15:
             break
         point = point - torch.linalg.solve(eye / time + flow.jacobian(point), gradient)
         # A softmax does not feel a constant added to all logits of a state: eye / time must keep that direction still.
         time = min(time * growth, 1e9)
-    assert flow.gradient(point, batch).abs().max() < 1e-12, "training has not come to rest"
+    assert flow.gradient(point).abs().max() < 1e-12, "training has not come to rest"
     return flow.policy(point)
 
 

@@ -115,9 +115,11 @@ def test_plain_gradient_descent_ends_where_settle_does():
     assert_solved(mdp, policy)
 
 
-def test_without_its_critic_dro_is_biased():
-    """V(x) is no mere baseline: held at 0, the regression ends elsewhere (arXiv 2405.19107, off-policy data)."""
+@pytest.mark.parametrize("known", [True, False])
+def test_dro_is_right_only_with_the_right_value(known):
+    """V(x) is no mere baseline off-policy: held at V*(x) the policy's term alone ends at π*, held at 0 elsewhere."""
     mdp, batch, objective = tiny(), uniform(tiny()), Dro(beta=BETA)
-    policy = TabularPolicy(mdp)
-    minimise(policy.logits, lambda: loss_of(objective, policy(batch, objective.needed()), batch, "policy"), rounds=2)
-    assert kl(policy.logprob(), mdp.optimum) > 0.1
+    policy = TabularPolicy(mdp, values=mdp.soft_values if known else None)
+    minimise(policy.logits, lambda: loss_of(objective, policy(batch, objective.needed()), batch, "policy"), rounds=3)
+    assert (abs(kl(policy.logprob(), mdp.optimum)) < 1e-6) == known
+    assert (kl(policy.logprob(), mdp.optimum) > 0.1) != known

@@ -1,0 +1,111 @@
+"""Policy and critic side by side: two optimizers, two schedules, one forward; what a step hands to the next."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+from pipeline import checkpoint
+from pipeline.contracts import Alarm, Needs
+from pipeline.driver import fit
+from pipeline.loop import Watch
+from pipeline.objectives.kto import Kto
+from pipeline.progress import METRICS_FILE, read_metrics
+
+EXAMPLES = Path(__file__).parents[1] / "jobs" / "examples"
+DQO = (
+    "data.kind=trajectory",
+    f"data.sources.0.path={EXAMPLES / 'trajectories.jsonl'}",
+    "data.max_length=512",
+    "objective={name: dqo, beta: 0.5}",
+    "train.max_steps=4",
+    "checkpoint.every=1",
+    "checkpoint.keep=9",
+)
+
+
+def weights(run: Path, step: int, prefix: str = "") -> dict[str, torch.Tensor]:
+    return dict(checkpoint.read_weights(checkpoint.path_of(run, step), prefix))
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def test_the_critic_trains_alone_first_and_on_its_own_schedule(make_config) -> None:
+    config = make_config(
+        *DQO,
+        "critic.steps_alone=2",
+        "critic.optimizer={lr: 0.01, schedule: hold_decay, decay_fraction: 0.5, warmup_steps: 1}",
+    )
+    run = fit(config, local=True).run
+    lines = read_metrics(run / METRICS_FILE)
+    assert ["grad_norm" in line for line in lines] == [False, False, True, True]
+    assert ["lr" in line for line in lines] == [False, False, True, True]
+    assert [line["critic/lr"] for line in lines] == pytest.approx([0.005, 0.01, 0.01, 0.005])
+    assert all(line["critic/grad_norm"] > 0 for line in lines)
+    assert same(weights(run, 1), weights(run, 2))
+    assert not same(weights(run, 2), weights(run, 3))
+    for step in (1, 2, 3):
+        assert not same(weights(run, step, "critic-"), weights(run, step + 1, "critic-"))
+    assert lines[0]["sequence_log_ratio"] == pytest.approx(0, abs=1e-4)
+    assert lines[0]["value"] == 0
+    state = checkpoint.read_state(checkpoint.path_of(run, 4))
+    assert state["updates"] == {"policy": 2, "critic": 4}
+
+
+@pytest.mark.parametrize("settings", [("scaling.zero_stage=3",), ("critic.architecture=head",)])
+def test_other_stages_and_a_value_head_train_the_same_policy_at_first(make_config, tmp_path: Path, settings) -> None:
+    """Until the critic has learned something (V = 0 at step 1), the first update does not depend on what it is."""
+    runs = [
+        fit(make_config(*DQO, f"storage={tmp_path / name}", *more), local=True).run
+        for name, more in (("plain", ()), ("other", settings))
+    ]
+    first, second = (read_metrics(run / METRICS_FILE) for run in runs)
+    for metric in ("loss", "loss/q", "loss/value", "grad_norm"):
+        assert second[0][metric] == pytest.approx(first[0][metric], rel=1e-4)
+    for name, tensor in weights(runs[0], 1).items():
+        torch.testing.assert_close(weights(runs[1], 1)[name], tensor, atol=2e-5, rtol=1e-4)
+    critics = [weights(run, 4, "critic-") for run in runs]
+    assert (set(critics[1]) == {"head.weight", "head.bias"}) == ("head" in settings[0])
+    if "zero_stage" in settings[0]:
+        assert second[-1]["loss"] == pytest.approx(first[-1]["loss"], rel=1e-3)
+
+
+def test_a_step_hands_its_baseline_to_the_next_one() -> None:
+    watch = Watch(Kto(), {"mismatched_log_ratio": 0.25, "loss": 1.0})
+    assert watch.carried == {"mismatched_log_ratio": 0.25}, "as the checkpoint remembers it"
+    watch.note({"mismatched_log_ratio": -0.5, "loss": 2.0})
+    assert watch.carried == {"mismatched_log_ratio": -0.5}
+    watch.note({"loss": 2.0})
+    assert watch.carried == {"mismatched_log_ratio": -0.5}, "a step without mismatched responses changes nothing"
+
+
+class Alarmed(Kto):
+    needs: ClassVar[Needs] = Needs(records=frozenset({"unpaired"}))
+    alarms: ClassVar[tuple[Alarm, ...]] = (Alarm("weight", "lower the rate", low=0.05), Alarm("x", "never", high=9.0))
+
+
+def test_an_alarm_is_raised_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    watch = Watch(Alarmed(), {})
+    with caplog.at_level(logging.WARNING):
+        for value in (1.0, 0.05, 0.04, 0.01):
+            watch.note({"weight": value, "x": 1.0})
+    assert [record.getMessage() for record in caplog.records] == ["weight is 0.04: lower the rate"]
+
+
+def test_data_without_behaviour_logprobs_are_refused_before_training(make_config, tmp_path: Path) -> None:
+    from pipeline.config import ConfigError
+
+    lines = (EXAMPLES / "trajectories.jsonl").read_text().splitlines()
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text("\n".join(line.replace('"logprob"', '"other"') for line in lines[:12]))
+    behaviour = ("objective.importance=behaviour", "train.max_steps=1")
+    assert "importance_weight" in fit(make_config(*DQO, *behaviour), local=True).metrics
+    with pytest.raises(ConfigError, match=r"^objective\.importance: 12 of 12 rows have no log-probs of the policy"):
+        fit(make_config(*DQO, *behaviour, f"data.sources.0.path={bare}"), local=True)
