@@ -35,6 +35,16 @@ def describe(found) -> str:
     lines += [f"             {count:,} × {reason}" for reason, count in found.reasons.items()]
     if found.prompts_cut or found.responses_cut:
         lines.append(f"cut        {found.prompts_cut:,} prompts (left), {found.responses_cut:,} responses (right)")
+    lines.append(f"responses  {found.responses:,}")
+    if found.mean_return is not None:
+        lines[-1] += f", mean return {found.mean_return:.4f}"
+    notes = {
+        "say the same as another one of their prompt": found.repeated,
+        "tokens of the environment (context only)": found.environment_tokens,
+        "rows with all log-probs of the policy that made them": found.behaviour,
+        "rows with a response to another prompt beside them": found.mismatched,
+    }
+    lines += [f"             {count:,} {what}" for what, count in notes.items() if count]
     return "\n".join([*lines, f"tokens     {found.tokens:,}"])
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from pipeline.contracts import Message
+from pipeline.records import Message
 
 _PROBE = "qalignprobe"
 """A word that no template changes: shows what a template writes around an answer."""

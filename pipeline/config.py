@@ -22,9 +22,10 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.contracts import Objective, RecordKind
+from pipeline.contracts import Objective
 from pipeline.errors import UserError
 from pipeline.objectives import OBJECTIVES, resolve
+from pipeline.records import RecordKind
 
 
 class ConfigError(UserError, ValueError):
@@ -333,15 +334,18 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:
-        needs = self.objective.needs
-        if self.data.kind not in needs.records:
+        records = self.objective.needed().records
+        if self.data.kind not in records:
+            settings = "" if self.data.kind not in self.objective.needs.records else " with these settings"
             raise ValueError(
-                f"data.kind: {self.objective_name} trains on {' or '.join(sorted(needs.records))}, "
-                f"not on {self.data.kind}; change data.kind or objective.name"
+                f"data.kind: {self.objective_name} trains on {' or '.join(sorted(records))}{settings}, "
+                f"not on {self.data.kind}; change data.kind or the objective"
             )
-        mapped = [i for i, source in enumerate(self.data.sources) if source.trajectories]
-        if mapped and self.data.kind != "trajectory":
-            raise ValueError(f"data.sources.{mapped[0]}.trajectories: only for data.kind=trajectory; remove it")
+        sections = {"sources": self.data.sources, "eval_sources": self.data.eval_sources}
+        for name, sources in sections.items():
+            for i, source in enumerate(sources):
+                if source.trajectories and self.data.kind != "trajectory":
+                    raise ValueError(f"data.{name}.{i}.trajectories: only for data.kind=trajectory; remove it")
         if self.scaling.offload_optimizer and self.scaling.zero_stage == 0:
             raise ValueError("scaling.offload_optimizer: needs scaling.zero_stage 1, 2 or 3")
         return self

@@ -19,11 +19,12 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import DataConfig, RunConfig, digest
-from pipeline.contracts import ROW_SCHEMA, Record
+from pipeline.contracts import ROW_SCHEMA
 from pipeline.durable import write_json
 from pipeline.errors import UserError
 from pipeline.layouts import parse
 from pipeline.pretrained import load_tokenizer
+from pipeline.records import Record
 from pipeline.rendering import Renderer
 from pipeline.rows import checksum, finish, is_finished, manifest, part_of, write_part
 from pipeline.sources import Chunk, RawRecord, plan, read

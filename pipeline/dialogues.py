@@ -22,7 +22,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.contracts import Message
+from pipeline.records import Message
 
 Dialogue = list[dict[str, str]]
 Prompt = str | Dialogue

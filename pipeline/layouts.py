@@ -18,7 +18,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.contracts import RECORDS, Message, Record, RecordKind
 from pipeline.dialogues import (
     DIALOGUES,
     SURROGATE,
@@ -31,6 +30,7 @@ from pipeline.dialogues import (
     refuse_surrogates,
     with_system,
 )
+from pipeline.records import RECORDS, Message, Record, RecordKind
 from pipeline.trajectories import RESPONSES, trajectories
 
 LABELS: dict[str | int | float, bool] = {"good": True, "bad": False, 1: True, 0: False}

@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.chat import Chat
 from pipeline.config import ConfigError, DataConfig
-from pipeline.contracts import Message, Record, Trajectories, Trajectory, Unpaired
+from pipeline.records import Message, Record, Trajectories, Trajectory, Unpaired
 from pipeline.steps import dialogue, last_tokens, plain
 from pipeline.tokens import Encoder
 

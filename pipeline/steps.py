@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby
 
 from pipeline.chat import Chat
-from pipeline.contracts import Message, Step, Trajectory
+from pipeline.records import Message, Step, Trajectory
 
 REWRITTEN = "the chat template rewrites earlier turns: no token of a trajectory would keep its place"
 

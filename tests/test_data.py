@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from pipeline import data, reference
 from pipeline.collate import collate
-from pipeline.contracts import RECORDS, Needs
+from pipeline.contracts import Needs
 from pipeline.data import DataError
 from pipeline.model import load_policy
 from pipeline.objectives.dpo import Dpo
+from pipeline.records import RECORDS
 from pipeline.rows import MANIFEST, Rows, StaleCache
 
 

@@ -19,10 +19,11 @@ import torch.multiprocessing as mp
 from pipeline.collate import collate
 from pipeline.config import RunConfig
 from pipeline.config_file import validate
-from pipeline.contracts import Batch, RecordKind, Row
+from pipeline.contracts import Batch, Row
 from pipeline.learner import Learner
 from pipeline.loop import train_step
 from pipeline.objectives import OBJECTIVES
+from pipeline.records import RecordKind
 from tests.conftest import save_tiny_llama
 from tests.test_engine import warm_up
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.contracts import RECORDS, Message, Ranking
 from pipeline.layouts import parse, parse_prompt
+from pipeline.records import RECORDS, Message, Ranking
 
 
 def user(text: str) -> dict:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from pipeline.config import ConfigError, DataConfig, Source
-from pipeline.contracts import Demonstration, Message, PreferencePair, Ranking
+from pipeline.records import Demonstration, Message, PreferencePair, Ranking
 from pipeline.rendering import Rendered, Renderer
 
 CORPUS = [

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.contracts import Step, Trajectories, Trajectory, Unpaired
+from pipeline.records import Step, Trajectories, Trajectory, Unpaired
 from pipeline.rendering import Rendered, Renderer
 from pipeline.steps import Segment, last_tokens
 from tests.test_rendering import CHATML, LLAMA, byte_level, chat, config, sentence_piece, smollm2, text_of

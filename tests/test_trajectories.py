@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.contracts import Trajectories
 from pipeline.layouts import parse
+from pipeline.records import Trajectories
 from tests.test_layouts import assistant, system, user
 
 

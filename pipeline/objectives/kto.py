@@ -25,7 +25,7 @@ class Kto(Objective):
 
     z₀ = max(0, mean ℓ of responses to *other* prompts): an estimate of the KL, without gradient. Here it is the global value
     of the optimizer step before (0 in the first), so that it does not depend on how a step is split; its mismatched
-    responses are chosen by `prepare`. Class balance: keep λ_D n_D / λ_U n_U between 1 and 4/3 (the paper's advice); with
+    responses are chosen by `prepare`. Class balance: keep λ_D n_D / λ_U n_U between 1 and 4/3 (the range outside which TRL warns); with
     twice as many good as bad responses, set `undesirable_weight` to 1.5 … 2. A label is the sign of the reward.
     Own metrics: `mismatched_log_ratio` (mean ℓ of the mismatched responses, nats), `reward/desirable`, `reward/undesirable`
     (mean βℓ of good and bad responses), `desirable_share` (share of λ n that is good: 1/2 to 4/7 is advised).
