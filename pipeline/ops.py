@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -67,26 +67,70 @@ def _in_chunks(function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor
 
 
 def _logprobs(project: Projection, hidden: Tensor, ids: Tensor) -> tuple[Tensor]:
-    logits = project(hidden).float()
-    return (logits.gather(-1, ids[:, None]).squeeze(-1) - logits.logsumexp(-1),)
+    return (_Selected.apply(project(hidden).float(), ids),)
+
+
+class _Selected(torch.autograd.Function):
+    """log softmax(logits)[ids], [n, V], [n] → [n].
+
+    The gradient is g · (one-hot − π): two passes over the chunk, where autograd would make five and a dense gradient of the
+    gather.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
+        logp = logits.log_softmax(-1)
+        ctx.save_for_backward(logp, ids)
+        return logp.gather(-1, ids[:, None]).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logp, ids = ctx.saved_tensors
+        column = grad[:, None]
+        return logp.exp().mul_(-column).scatter_add_(-1, ids[:, None], column), None
 
 
 def _logprobs_and_kl(
     project: Projection, ref_project: Projection, kl: str, hidden: Tensor, ids: Tensor, ref_hidden: Tensor
 ) -> tuple[Tensor, Tensor]:
-    logp = project(hidden).float().log_softmax(-1)
+    logits = project(hidden).float()
     with torch.no_grad():
         ref_logp = ref_project(ref_hidden).float().log_softmax(-1)
-    if logp.shape != ref_logp.shape:
+    if logits.shape != ref_logp.shape:
         raise ValueError(
-            f"model.reference: its vocabulary has {ref_logp.shape[-1]} entries, the policy's {logp.shape[-1]}; "
+            f"model.reference: its vocabulary has {ref_logp.shape[-1]} entries, the policy's {logits.shape[-1]}; "
             "a KL needs two models of one vocabulary"
         )
-    of, to = (ref_logp, logp) if kl == "forward" else (logp, ref_logp)
-    chance = of.exp()
-    # A token that cannot occur adds nothing, however impossible it is to the other: 0 · (−inf − x) would be nan.
-    gap = (of - to).masked_fill(chance == 0, 0.0)
-    return logp.gather(-1, ids[:, None]).squeeze(-1), (chance * gap).sum(-1)
+    return _SelectedAndKL.apply(logits, ids, ref_logp, kl)
+
+
+class _SelectedAndKL(torch.autograd.Function):
+    """log π[ids] and KL(π_ref ‖ π) ("forward") or KL(π ‖ π_ref) ("reverse") of [n, V] → [n], [n].
+
+    By the logits, ∇ log π[i] = one-hot − π, ∇ KL(π_ref ‖ π) = π − π_ref and ∇ KL(π ‖ π_ref) = π · (log π − log π_ref − KL).
+    A token that cannot occur adds nothing, however impossible it is to the other: 0 · (−inf − x) would be nan.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, ref_logp: Tensor, kl: str) -> tuple[Tensor, Tensor]:
+        logp = logits.log_softmax(-1)
+        of, to = (ref_logp, logp) if kl == "forward" else (logp, ref_logp)
+        chance = of.exp()
+        divergence = (of - to).masked_fill_(chance == 0, 0.0).mul_(chance).sum(-1)
+        ctx.save_for_backward(logp, ids, ref_logp, divergence)
+        ctx.kl = kl
+        return logp.gather(-1, ids[:, None]).squeeze(-1), divergence
+
+    @staticmethod
+    def backward(ctx: Any, by_logprob: Tensor, by_kl: Tensor) -> tuple[Tensor, None, None, None]:
+        logp, ids, ref_logp, divergence = ctx.saved_tensors
+        column, weight, chance = by_logprob[:, None], by_kl[:, None], logp.exp()
+        if ctx.kl == "forward":
+            grad = chance.mul_(weight - column).sub_(ref_logp.exp().mul_(weight))
+        else:
+            gap = (logp - ref_logp).masked_fill_(chance == 0, 0.0).sub_(divergence[:, None])
+            grad = gap.mul_(weight).sub_(column).mul_(chance)
+        return grad.scatter_add_(-1, ids[:, None], column), None, None, None
 
 
 def exp_neg(x: Tensor, limit: float = 40.0) -> Tensor:

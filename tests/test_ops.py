@@ -231,6 +231,19 @@ def test_bfloat16_kl_is_computed_in_float32():
     assert kl.item() == pytest.approx((logp.exp() * (logp - ref_logp)).sum().item(), rel=1e-2)
 
 
+@pytest.mark.parametrize("kl", ["none", "forward", "reverse"])
+def test_hand_written_gradients_are_those_of_finite_differences(kl):
+    """In float64, where differences are exact enough to tell."""
+    rng = torch.Generator().manual_seed(0)
+    logits, reference = torch.randn(2, 3, 5, generator=rng, dtype=torch.double).unbind()
+    ids, logits = torch.tensor([0, 4, 2]), logits.requires_grad_()
+    if kl == "none":
+        assert torch.autograd.gradcheck(lambda x: ops._Selected.apply(x, ids), logits)
+    else:
+        ref_logp = reference.log_softmax(-1)
+        assert torch.autograd.gradcheck(lambda x: ops._SelectedAndKL.apply(x, ids, ref_logp, kl), logits)
+
+
 def test_two_vocabularies_are_refused_in_one_line():
     head, _, hidden, _, ids = _two_models()
     other = torch.randn(7, WIDTH), torch.nn.Linear(WIDTH, VOCABULARY + 1)

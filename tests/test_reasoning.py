@@ -30,6 +30,7 @@ from benchmarks.reasoning.__main__ import FULL, best_settings
 from benchmarks.reasoning.claims import claims_table, verdict
 from benchmarks.reasoning.methods import BLOCKS, merge
 from benchmarks.reasoning.records import KIND, Sample, data_sets, pairs, trajectory, write
+from benchmarks.reasoning.report import table
 from pipeline import data
 from pipeline.rows import Rows
 
@@ -173,6 +174,15 @@ def test_a_claim_counts_only_when_every_seed_agrees_beyond_noise() -> None:
     assert verdict(high[:2], low[:2]) == "not separable", "two seeds are too few"
     lines = claims_table({"mid": {"sft": scores(0.5, 0.5, 0.5), "dqo": scores(0.9, 0.8, 1.0)}}).splitlines()
     assert len(lines) == 3 and "`dqo` 0.900, `sft` 0.500 | **seen** |" in lines[2]
+
+
+def test_the_table_shows_every_seed_and_the_means() -> None:
+    runs_of = [
+        {"greedy": g, "strict": g - 0.1, "sampled": 0.5, "steps": n, "train_seconds": 10, "total_seconds": 31.0}
+        for g, n in ((0.9, 72), (0.8, 74))
+    ]
+    last = table({"dpo": runs_of}, {"dpo": "DPO"}, (0, 1)).splitlines()[-1]
+    assert last == "| DPO (`dpo`) | 0.900 | 0.800 | **0.850** | 0.750 | 0.500 | 72–74 | 10 | 31 |"
 
 
 # ------------------------------------------------------------------------------------------------ headline

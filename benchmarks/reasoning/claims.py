@@ -28,6 +28,7 @@ class Claim:
     worse: str
 
 
+ENOUGH_SEEDS = 3
 PAPER = "DQO, arXiv 2410.09302"
 CLAIMS = (
     Claim("DQO lifts greedy accuracy (GSM8K 59.1 → 87.3 %)", PAPER, "mid", "dqo", "sft"),
@@ -60,7 +61,9 @@ def mean(scores: Sequence[Scores], name: str = "greedy") -> float:
 def verdict(better: Sequence[Scores], worse: Sequence[Scores]) -> str:
     """seen | not separable | contradicted."""
     gaps = [one["greedy"] - other["greedy"] for one, other in zip(better, worse, strict=True)]
-    if len(gaps) < 3 or abs(sum(gaps)) <= 2 * math.sqrt(sum(_variance(score) for score in [*better, *worse])):
+    if len(gaps) < ENOUGH_SEEDS or abs(sum(gaps)) <= 2 * math.sqrt(
+        sum(_variance(score) for score in [*better, *worse])
+    ):
         return "not separable"
     if min(gaps) > 0:
         return "seen"

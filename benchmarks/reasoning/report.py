@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.reasoning.claims import Rows, Scores, claims_table, mean
+from benchmarks.reasoning.claims import ENOUGH_SEEDS, Rows, Scores, claims_table, mean
 from benchmarks.reasoning.methods import BLOCKS
 
 VERSIONS = ("torch", "ray", "deepspeed", "transformers", "mlflow")
@@ -30,7 +30,8 @@ def page(
         if tuning.get(block):
             shown = ", ".join(f"{setting} {value:.3f}" for setting, value in tuning[block].items())
             parts += [f"Tuned on the validation prompts of another seed: {shown}.\n"]
-    parts += ["### Claims\n", claims_table(results)]
+    if len(seeds) >= ENOUGH_SEEDS:
+        parts += ["### Claims\n", claims_table(results)]
     return "\n".join(parts)
 
 
