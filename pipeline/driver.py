@@ -203,6 +203,11 @@ def _train(config: RunConfig, prepared: Prepared, run: Path, tracker: Tracker, l
             "data.sources: the shares leave out %d of %d rows", split.left_out, split.left_out + len(split.train)
         )
     plan = Plan(config, rows.lengths[split.train])
+    alone = config.critic.steps_alone if config.objective.needed().critic else 0
+    if alone >= plan.total_steps:
+        raise ConfigError(
+            f"critic.steps_alone: {alone} of {plan.total_steps} steps would leave none for the policy; lower it or train longer"
+        )
     with checkpoint.Lease(run), Monitor(run, plan.total_steps, tracker.log_metrics, tracker.last_step()):
         if local:
             train_worker(job.plain())

@@ -134,6 +134,38 @@ def test_several_problems_are_told_at_once():
     assert str(error.value).count(" | ") == 1
 
 
+def test_columns_of_trajectories_are_for_trajectories():
+    plain = changed("data.eval_sources", [{"path": "x.jsonl", "trajectories": [{"steps": "solution"}]}])
+    with pytest.raises(ConfigError, match=r"^data\.eval_sources\.0\.trajectories: only for data\.kind=trajectory"):
+        validate(plain)
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"reward": "right", "answer": "truth"}, "answer: remove it, or remove reward"),
+        ({"answer_pattern": "("}, "answer_pattern: no regular expression"),
+        ({"answer_pattern": "#### .*"}, "answer_pattern: needs one group"),
+    ],
+)
+def test_a_mapping_that_cannot_work_is_refused(change, cause):
+    plain = changed("data.sources.0.trajectories", [{"steps": "solution"} | change])
+    with pytest.raises(ConfigError, match=rf"^data\.sources\.0\.trajectories\.0: {cause}"):
+        validate(plain)
+
+
+def test_kinds_that_only_some_settings_take():
+    """Unpaired responses have nothing but their rewards to go by."""
+    plain = changed("objective", {"name": "rejection_sft"})
+    plain["data"]["kind"] = "unpaired"
+    with pytest.raises(
+        ConfigError, match=r"^data\.kind: rejection_sft trains on .* with these settings, not on unpaired"
+    ):
+        validate(plain)
+    plain["objective"]["min_reward"] = 0.0
+    assert validate(plain).data.kind == "unpaired"
+
+
 def test_held_out_rows_have_one_source():
     plain = changed("data.eval_fraction", 0.1)
     plain["data"]["eval_sources"] = [{"path": "held_out.jsonl"}]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pipeline import checkpoint
+from pipeline.config import ConfigError
 from pipeline.contracts import Alarm, Needs
 from pipeline.driver import fit
 from pipeline.loop import Watch
@@ -58,6 +59,11 @@ def test_the_critic_trains_alone_first_and_on_its_own_schedule(make_config) -> N
     assert state["updates"] == {"policy": 2, "critic": 4}
 
 
+def test_a_critic_that_leaves_no_step_for_the_policy_is_refused(make_config) -> None:
+    with pytest.raises(ConfigError, match=r"^critic\.steps_alone: 4 of 4 steps would leave none for the policy"):
+        fit(make_config(*DQO, "critic.steps_alone=4"), local=True)
+
+
 @pytest.mark.parametrize("settings", [("scaling.zero_stage=3",), ("critic.architecture=head",)])
 def test_other_stages_and_a_value_head_train_the_same_policy_at_first(make_config, tmp_path: Path, settings) -> None:
     """Until the critic has learned something (V = 0 at step 1), the first update does not depend on what it is."""
@@ -100,8 +106,6 @@ def test_an_alarm_is_raised_once(caplog: pytest.LogCaptureFixture, monkeypatch: 
 
 
 def test_data_without_behaviour_logprobs_are_refused_before_training(make_config, tmp_path: Path) -> None:
-    from pipeline.config import ConfigError
-
     lines = (EXAMPLES / "trajectories.jsonl").read_text().splitlines()
     bare = tmp_path / "bare.jsonl"
     bare.write_text("\n".join(line.replace('"logprob"', '"other"') for line in lines[:12]))
