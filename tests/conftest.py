@@ -37,8 +37,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """A test module may define `warm_up()`: slow imports of its helper processes then go on beside the other tests."""
-    if not session.config.option.collectonly:
+    """A test module may define `warm_up()`: slow imports of its helper processes then go on beside the other tests.
+
+    Not where xdist deals the modules out: most of its processes would warm up for tests that another one runs.
+    """
+    if not session.config.option.collectonly and "PYTEST_XDIST_WORKER" not in os.environ:
         for module in {item.module for item in session.items if hasattr(item, "module")}:
             getattr(module, "warm_up", lambda: None)()
     # Each engine ends with a full collection. What the libraries made at import is millions of objects that stay.

@@ -27,8 +27,9 @@ def good(mdp: TokenMdp) -> Tensor:
     return torch.sigmoid(mdp.reward)
 
 
-def labelled(mdp: TokenMdp, carried: float = 0.0) -> Batch:
-    """Every response under both labels, as often as it gets them, with a response to another prompt behind each."""
+def labelled(mdp: TokenMdp, carried: float | None = None) -> Batch:
+    """Every response under both labels, as often as it gets them, with a response to another prompt behind each.
+    `carried` is the step before's mean ℓ of those; None in the first step."""
     groups = [(x, [n, (n + 3) % mdp.size]) for x in range(mdp.prompts) for n in range(mdp.size)]
     weight = torch.cat([good(mdp).flatten(), 1 - good(mdp).flatten()])
     batch = rows(mdp, [*groups, *groups], weight, mismatched=True)
@@ -36,16 +37,16 @@ def labelled(mdp: TokenMdp, carried: float = 0.0) -> Batch:
     label[len(groups) :] = -1
     last = batch.response_mask & (batch.response_mask.flip(-1).cumsum(-1).flip(-1) == 1)
     rewards = torch.where(last & batch.valid[..., None], label[:, None, None], 0.0)
-    return replace(batch, token_rewards=rewards, carried={"mismatched_log_ratio": carried})
+    return replace(batch, token_rewards=rewards, carried={} if carried is None else {"mismatched_log_ratio": carried})
 
 
-@pytest.mark.parametrize("carried", [-1.0, 0.0, 0.7])
+@pytest.mark.parametrize("carried", [None, -1.0, 0.7])
 def test_gradient_is_the_expectation_over_responses_and_labels(carried):
-    """z₀ is what was carried over, or 0 where that is negative; mismatched responses move nothing."""
+    """z₀ is what was carried over, 0 where that is negative or there is nothing; mismatched responses move nothing."""
     mdp, objective = small(), Kto(beta=BETA, desirable_weight=1.25, undesirable_weight=0.75)
     noise = torch.randn(mdp.ref_logits.shape, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
     policy = TabularPolicy(mdp, mdp.ref_logits + noise)
-    reward = BETA * (mdp.sequence_logprob(policy.logits) - mdp.ref_logprob - max(0.0, carried))
+    reward = BETA * (mdp.sequence_logprob(policy.logits) - mdp.ref_logprob - max(0.0, carried or 0.0))
     value = 1.25 * good(mdp) * torch.sigmoid(reward) + 0.75 * (1 - good(mdp)) * torch.sigmoid(-reward)
     (wanted,) = torch.autograd.grad(-value.sum() / value.numel(), policy.logits)
     batch = labelled(mdp, carried)
