@@ -24,6 +24,7 @@ DQO = (
     "data.max_length=512",
     "objective={name: dqo, beta: 0.5}",
     "train.max_steps=4",
+    "train.rows_per_step=4",
     "checkpoint.every=1",
     "checkpoint.keep=9",
 )
