@@ -95,3 +95,7 @@ def run_job(job: ModuleType, argv: Sequence[str] | None = None) -> int:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

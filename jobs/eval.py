@@ -53,7 +53,8 @@ def evaluate(config: RunConfig, local: bool, sample: bool) -> dict[str, float]:
             "no held-out rows (data.eval_fraction, data.eval_sources): evaluating on the training rows", file=sys.stderr
         )
         positions = split.train
-    last = driver.last_metrics(own)
+    evaluated = Path(config.checkpoint_from) if config.checkpoint_from else own
+    last = driver.last_metrics(evaluated)  # of the run whose weights these are; nothing where they are no run's
     carried = {name: last[name] for name in config.objective.needed().carried if name in last}
     metrics = dict(held_out(config, prepared, weights, np.asarray(positions), local, carried))
     if config.objective.needed().model == "reward":

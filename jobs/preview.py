@@ -41,7 +41,7 @@ def preview(config: RunConfig) -> str:
         found, lengths, first = look(config, tokenizer, reading.chunks[: LOOK_AT_BYTES // data.CHUNK_BYTES])
     whole = found.records == reading.records
     if whole or not found.rows:
-        data.refuse(config.data, found, "mend them before the job runs")
+        data.refuse(config.data, found, "--dry-run writes no quarantine file")
     lines = [] if whole else [f"looked at the first {found.records:,} of {reading.records:,} records:"]
     lines.append(describe(found))
     rows = max(1, round(reading.records * found.rows / found.records * (1 - config.data.eval_fraction)))
@@ -143,11 +143,16 @@ def memory(config: RunConfig, model: str, lengths: list[int]) -> list[str]:
     text = settings.get_text_config()
     tokens = min(config.train.tokens_per_micro_batch, sum(sorted(lengths)[-config.train.rows_per_step :]) or 1)
     per_token = (4 if config.model.activation_checkpointing else 16) * size * text.hidden_size * text.num_hidden_layers
+    needs = config.objective.needed()
+    critic = needs.critic and config.critic.architecture == "separate"
+    frozen = needs.kl != "none" and (config.model.lora is None or config.model.reference is not None)
+    networks = 2 if critic else 1
     parts = {
-        "weights": total * size / split["weights"],
-        "gradients": trained * size / split["gradients"],
-        "optimizer": trained * (8 + master) / split["optimizer"],
-        "activations": tokens * per_token,
+        "weights": networks * total * size / split["weights"],
+        "gradients": networks * trained * size / split["gradients"],
+        "optimizer": networks * trained * (8 + master) / split["optimizer"],
+        "reference": total * size if frozen else 0.0,  # whole on every worker
+        "activations": networks * tokens * per_token,
         "logits": 3 * LOGIT_CHUNK_BYTES,
     }
     if config.scaling.offload_optimizer:
@@ -155,6 +160,8 @@ def memory(config: RunConfig, model: str, lengths: list[int]) -> list[str]:
     lines = [
         f"model      {model}",
         f"           {total:,} parameters, {trained:,} trained, {precision(config.model.dtype)}",
+        *(["           and as many of a critic"] if critic else []),
+        *(["           and a frozen reference beside it"] if frozen else []),
         f"memory     about {sum(parts.values()) / 2**30:.1f} GiB per worker ({workers} workers, ZeRO-{stage}):",
     ]
     return lines + [f"             {name:12} {value / 2**30:8.2f} GiB" for name, value in parts.items()]

@@ -31,22 +31,30 @@ def run(config: RunConfig, options: argparse.Namespace) -> None:
     result = fit(config, options.local)
     if result.already_finished:
         print("this run is already finished; change the configuration for another, or delete its folder to repeat it")
-    print(describe(result, explained=config.objective.needed().reference != "none"))
+    needs = config.objective.needed()
+    print(describe(result, needs.reference != "none", "eval" if needs.model == "reward" else "decode"))
 
 
-def describe(result, explained: bool) -> str:
+SHOWN = (
+    *("loss", "reward/margin", "accuracy", "return", "value_error", "sequence_log_ratio"),
+    *("reward/desirable", "reward/undesirable", "eval/loss", "eval/reward/margin", "eval/accuracy"),
+)
+"""Metrics of the last step that the end of a run shows, where the objective has them."""
+
+
+def describe(result, explained: bool, job: str = "decode") -> str:
     """The end of a run, for people: the numbers, where everything is, what to do next.
 
+    job: what to try next.
     explained: rewards are log-ratios to a reference, so that `FALLING` is about them.
     """
-    shown = ("loss", "reward/margin", "accuracy", "eval/loss", "eval/reward/margin", "eval/accuracy")
-    lines = [f"{name:18} {result.metrics[name]:.4f}" for name in shown if name in result.metrics]
+    lines = [f"{name:21} {result.metrics[name]:.4f}" for name in SHOWN if name in result.metrics]
     if explained and chosen_falls(result.metrics):
         lines.append(FALLING)
     lines += [f"run                {result.run}", f"model              {result.export}"]
     if result.tracking:
         lines.append(f"mlflow             {result.tracking}")
-    return "\n".join([*lines, f"next               qalign decode CONFIG.yaml checkpoint_from={result.run}"])
+    return "\n".join([*lines, f"next               qalign {job} CONFIG.yaml checkpoint_from={result.run}"])
 
 
 def chosen_falls(metrics: dict[str, float]) -> bool:

@@ -2,8 +2,7 @@
 
 A column is found by its whole name, else its dots lead into objects: `model_a.solution`. Steps are cut out of a text at
 a separator, which stays with the step that it ends; blank pieces go to their neighbour. An answer is what a pattern
-finds last in a text; two answers match when they are the same number ("1,000" = "1000.0", "$18" = "18"), else the same
-text but for white space and a full stop.
+finds last in a text; the right one may also stand alone in its column.
 
 Left out: what the fields mean (`layouts`).
 """
@@ -20,6 +19,9 @@ from pipeline.dialogues import kind_of
 
 _GROUPED = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?")
 """A number with a comma after each third digit."""
+_FIRST_NUMBER = re.compile(r"-?[$€£]?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+_MARKS = " *_`$(){}[]\\"
+"""What people put around an answer."""
 
 
 def mapped(value: dict[str, Any], source: Source) -> dict[str, Any]:
@@ -92,20 +94,28 @@ def _answered(steps: list[Any], right: Any, way: TrajectoryColumns) -> bool:
         raise ValueError(f"wrong type: column {way.answer!r} is {kind_of(right)}, expected text or a number")
     texts = [step.get("text") if isinstance(step, Mapping) else step for step in steps]
     text = "".join(text for text in texts if isinstance(text, str))
-    return matches(answer_of(text, way.answer_pattern), answer_of(str(right), way.answer_pattern))
+    said, known = answer_of(text, way.answer_pattern), answer_of(str(right), way.answer_pattern)
+    # A text without a marked answer may be nothing but the answer; a number somewhere in it is not one.
+    return matches(text if said is None else said, str(right) if known is None else known, within=said is not None)
 
 
-def answer_of(text: str, pattern: str) -> str:
-    """What the pattern's group holds at its last match; the whole text where it has none."""
+def answer_of(text: str, pattern: str) -> str | None:
+    """What the pattern's group holds at its last match, or None where it has none."""
     found = list(re.finditer(pattern, text))
-    return (found[-1].group(1) if found else text) or ""
+    return found[-1].group(1) if found else None
 
 
-def matches(one: str, other: str) -> bool:
-    """Whether two answers are the same number, else the same text."""
-    one, other = (" ".join(text.split()).removesuffix(".") for text in (one, other))
-    numbers = (_number(one), _number(other))
-    return numbers[0] == numbers[1] if None not in numbers else one == other
+def matches(said: str, right: str, within: bool = True) -> bool:
+    """Whether two answers are the same number, else the same text but for white space and marks around it ("(B)", "**B**.").
+
+    within: where the right one is a number, what was said may go on behind its first one ("18 dollars", "18. I checked").
+    """
+    said, right = (" ".join(text.split()).lstrip(_MARKS).rstrip(_MARKS + ".") for text in (said, right))
+    number, whole = _number(right), _number(said)
+    if number is None or whole is not None:
+        return whole == number if number is not None else said == right
+    first = _FIRST_NUMBER.search(said) if within else None
+    return first is not None and _number(first.group()) == number
 
 
 def _number(text: str) -> Decimal | None:

@@ -60,8 +60,8 @@ class TrajectoryColumns(Section):
     """Terminal reward: a column with a number or true/false (1 or 0), or a number for all records."""
     answer: Name | None = None
     """Column with the right answer: the terminal reward is 1 where the trajectory's answer matches, else 0."""
-    answer_pattern: str = r"(?:####|\bA:|[Aa]nswer(?: is)?:?)\s*([^\n]+)"
-    """Regular expression whose first group, at its last match, is the answer of a text (the whole text where it has none)."""
+    answer_pattern: str = r"(?:####|\bA:|(?i:\banswer)(?: is)?:?|\\boxed\{)\s*([^\n]+)"
+    """Regular expression whose group, at its last match, is the answer (the whole text where it has no match)."""
     step_rewards: Name | None = None
     """Column with one reward per step."""
     step_logprobs: Name | None = None
@@ -193,16 +193,22 @@ class OptimizerConfig(Section):
     """Where cosine and linear end, as a share of lr."""
 
 
+class CriticOptimizerConfig(OptimizerConfig):
+    """The same for the critic, which has more to learn than the policy."""
+
+    lr: Positive = 1e-5
+
+
 class CriticConfig(Section):
     """The value network V(s), for objectives that have one. It starts from the policy's weights, with V = 0."""
 
     architecture: Literal["separate", "head"] = "separate"
     """A transformer of its own (with LoRA where the policy has it), or a linear head on the policy's hidden states,
     which its loss does not change."""
-    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5)
+    optimizer: CriticOptimizerConfig = CriticOptimizerConfig()
     """Its own AdamW and schedule."""
     steps_alone: Annotated[int, Field(ge=0)] = 0
-    """Optimizer steps at the start that train the critic alone (they count as steps)."""
+    """Optimizer steps at the start that train the critic alone (they count as steps, of the policy's schedule as well)."""
 
 
 class TrainConfig(Section):

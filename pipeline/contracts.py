@@ -132,7 +132,7 @@ class Mean:
         return cls((kept * weights).sum(), weights.sum())
 
 
-TermGroup = Literal["policy", "critic", "latent"]
+TermGroup = Literal["policy", "critic"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,18 +96,47 @@ def prepare(config: RunConfig, local: bool = False) -> Prepared:
     if not local:
         cluster.connect(config)
     frozen = locate(config.model.reference, cache, "model.reference") if config.model.reference else model
+    if frozen != model:
+        _check_vocabularies(config, model, frozen)
     rows = data.prepare(config, model, local)
     needs = config.objective.needed()
-    if needs.behaviour:
-        _check_behaviour(rows)
+    _check_rows(config, rows)
     asked = needs.reference != "none"
     return Prepared(model, frozen, rows, reference.score(config, rows, frozen, local) if asked else None)
 
 
-def _check_behaviour(rows: Path) -> None:
-    """Raises ConfigError unless every row says how likely its trajectories were where they come from."""
-    found = data.summary(rows)
-    if found.behaviour < found.rows:
+def _check_vocabularies(config: RunConfig, model: str, frozen: str) -> None:
+    """Log-probs of one token mean the same to policy and reference only if it is the same token. Raises ConfigError."""
+    trust = config.model.trust_remote_code
+    sizes = [load_config(path, trust).get_text_config().vocab_size for path in (model, frozen)]
+    tokenizers = [data.tokenizer_identity(load_tokenizer(path, trust)) for path in (model, frozen)]
+    if sizes[0] != sizes[1] or tokenizers[0] != tokenizers[1]:
+        raise ConfigError(
+            f"model.reference: its tokenizer differs from the policy's (vocabularies of {sizes[1]} and {sizes[0]}); "
+            "name a reference with the same one"
+        )
+
+
+def _check_rows(config: RunConfig, folder: Path) -> None:
+    """What the objective asks of the rows, and the steps that they make, before anything is scored. Raises ConfigError."""
+    found, needs, rows = data.summary(folder), config.objective.needed(), Rows(folder)
+    split = rows.split(config.data, config.seed)
+    if len(split.train) == 0:
+        raise ConfigError("data.eval_fraction: holds out every prompt; lower it or add records")
+    steps = Plan(config, rows.lengths[split.train]).total_steps
+    if needs.critic and config.critic.steps_alone >= steps:
+        raise ConfigError(
+            f"critic.steps_alone: {config.critic.steps_alone} of {steps} steps would leave none for the policy; "
+            "lower it or train longer"
+        )
+    if config.data.kind == "unpaired" and found.mean_return is not None and abs(found.mean_return) == 1:
+        logger.warning("data.sources: all labels are the same; there is nothing to tell good from bad by")
+    if needs.mismatched and found.mismatched < found.rows:
+        logger.warning(
+            "data.sources: %d rows have no response to another prompt beside them, all of one prompt?",
+            found.rows - found.mismatched,
+        )
+    if needs.behaviour and found.behaviour < found.rows:
         raise ConfigError(
             f"objective.importance: {found.rows - found.behaviour} of {found.rows} rows have no log-probs of the policy that "
             "made them; give each step a logprob, or set importance=reference (the reference made them) or none"
@@ -195,19 +224,12 @@ def _train(config: RunConfig, prepared: Prepared, run: Path, tracker: Tracker, l
     job = Job(config, run, prepared.rows, prepared.reference, prepared.model, frozen)
     rows = Rows(prepared.rows, prepared.reference)
     split = rows.split(config.data, config.seed)
-    if len(split.train) == 0:
-        raise ConfigError("data.eval_fraction: holds out every prompt; lower it or add records")
     if split.left_out:
         tracker.log_summary({"data/left_out_by_shares": split.left_out})
         logger.warning(
             "data.sources: the shares leave out %d of %d rows", split.left_out, split.left_out + len(split.train)
         )
     plan = Plan(config, rows.lengths[split.train])
-    alone = config.critic.steps_alone if config.objective.needed().critic else 0
-    if alone >= plan.total_steps:
-        raise ConfigError(
-            f"critic.steps_alone: {alone} of {plan.total_steps} steps would leave none for the policy; lower it or train longer"
-        )
     with checkpoint.Lease(run), Monitor(run, plan.total_steps, tracker.log_metrics, tracker.last_step()):
         if local:
             train_worker(job.plain())

@@ -320,7 +320,8 @@ def _initialize(policy: nn.Module, optimizer: torch.optim.Optimizer, settings: d
     from deepspeed.runtime import bf16_optimizer
     from deepspeed.utils import groups, logger
 
-    logger.setLevel(logging.WARNING)
+    # At stage 3 it also warns that it sees no tensors in our batches: it need not, the layers within have its hooks.
+    logger.setLevel(logging.ERROR if settings["zero_optimization"]["stage"] == 3 else logging.WARNING)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
     # Otherwise its communication layer compiles a shared-memory kernel (for inference) on first use.
     deepspeed.ops.__compatible_ops__ = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from pipeline.config_file import validate
 from pipeline.critic import CRITIC, load_critic, save_critic
 from pipeline.model import Policy
 from pipeline.pretrained import load_causal_lm, load_scorer, load_tokenizer, locate
+from pipeline.rendering import Renderer
 from pipeline.reward import RewardNetwork
 
 
@@ -33,10 +35,8 @@ def export(config: RunConfig, folder: Path, model: str, target: Path) -> Path:
     network = RewardNetwork(lm, config.model) if needs.model == "reward" else Policy(lm, config.model.lora)
     checkpoint.load_into(_trained(network), folder)
     lm = network.merged().to(dtype)
-    if needs.model == "reward":  # its own forward finds the last token by this one
-        lm.config.pad_token_id = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
+    if needs.model == "reward":
+        _pad_behind_the_end(lm, tokenizer, Renderer(tokenizer, config.data).stop_ids)
     aside = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     lm.save_pretrained(aside)
@@ -48,6 +48,18 @@ def export(config: RunConfig, folder: Path, model: str, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     aside.rename(target)
     return target
+
+
+def _pad_behind_the_end(lm: nn.Module, tokenizer: Any, ends: frozenset[int]) -> None:
+    """A padding token that ends no response, for classifier and tokenizer.
+
+    transformers reads the score at the last token that is no padding: were EOS the padding, too, it would read it at the
+    token before, where nothing was trained.
+    """
+    known = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids)
+    pad = next(token for token in (*known, *range(len(tokenizer))) if token is not None and token not in ends)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    lm.config.pad_token_id = pad
 
 
 def _trained(network: nn.Module) -> dict[str, nn.Parameter]:

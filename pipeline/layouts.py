@@ -123,11 +123,11 @@ def _ranking(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unpaired(given: dict[str, Any]) -> dict[str, Any]:
-    field = next((field for field in RESPONSES if field in given), None)
-    if field is None:
-        raise ValueError("missing field: response")
     if "label" not in given:
         raise ValueError("missing field: label")
+    field = next((field for field in RESPONSES if field in given), None)
+    if field is None:
+        return _demonstration(given) | {"label": _label(given["label"])}
     prompt, (response,) = prompted(given, {field: given[field]})
     return {"prompt": prompt, "response": response, "label": _label(given["label"])}
 

@@ -52,7 +52,7 @@ def load_trained(
     needs = config.objective.needed()
     settings = config.model.model_copy(update={"lora": None, "activation_checkpointing": False})
     if needs.model == "reward":
-        return load_reward_network(settings, model).to(device).eval()
+        return load_reward_network(settings, model, trained=True).to(device).eval()
     critic = load_trained_critic(config, Path(model) / CRITIC).to(device).eval() if needs.critic else None
     keep_states = critic is not None and critic.trunk is None
     policy = load_policy(settings, model, needs, frozen, keep_states).to(device).eval()

@@ -223,7 +223,7 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    if _classifies(load_config(path, trust_remote_code, key)):
+    if classifies(load_config(path, trust_remote_code, key)):
         raise ConfigError(f"{key}: {path} is a reward model, which has no words to say; name a language model")
     model, lacking = _load(
         AutoModelForCausalLM, path, dtype, attention, trust_remote_code, key, "a causal language model"
@@ -257,7 +257,7 @@ def load_scorer(
     from transformers import AutoModelForSequenceClassification
 
     config = load_config(path, trust_remote_code, key)
-    if _classifies(config) and config.num_labels != 1:
+    if classifies(config) and config.num_labels != 1:
         raise ConfigError(f"{key}: the classifier {path} has {config.num_labels} labels; a reward model has one")
     model, lacking = _load(
         AutoModelForSequenceClassification,
@@ -289,7 +289,8 @@ def _attention(attention: Attention, config: Any) -> str:
     return "flex_attention" if getattr(architecture, "_supports_flex_attn", False) else "sdpa"
 
 
-def _classifies(config: Any) -> bool:
+def classifies(config: Any) -> bool:
+    """Whether a model's configuration is that of a sequence classifier."""
     names = getattr(config, "architectures", None) or [""]
     return names[0].endswith("ForSequenceClassification")
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pipeline.config import ModelConfig
+from pipeline.config import ConfigError, ModelConfig
 from pipeline.contracts import Batch, PolicyOut
 from pipeline.model import add_lora, packs, remove_dropout, unflatten
-from pipeline.pretrained import load_scorer, precision
+from pipeline.pretrained import classifies, load_config, load_scorer, precision
 from pipeline.trunk import final_states
 
 
@@ -47,7 +47,14 @@ class RewardNetwork(nn.Module):
         return self.lm
 
 
-def load_reward_network(config: ModelConfig, path: str, dtype: torch.dtype | None = None) -> RewardNetwork:
-    """The reward model that training starts from: the trunk at `path` with a zero head, or a reward model as it is."""
+def load_reward_network(
+    config: ModelConfig, path: str, dtype: torch.dtype | None = None, trained: bool = False
+) -> RewardNetwork:
+    """The reward model that training starts from: the trunk at `path` with a zero head, or a reward model as it is.
+
+    trained: refuse a plain language model (ConfigError), whose head would be zero.
+    """
+    if trained and not classifies(load_config(path, config.trust_remote_code, "checkpoint_from")):
+        raise ConfigError(f"checkpoint_from: {path} is no reward model; name a run of objective reward_model")
     lm = load_scorer(path, dtype or precision(config.dtype), config.attention, config.trust_remote_code)
     return RewardNetwork(lm, config)

@@ -18,7 +18,7 @@ Left out: columns of other layouts (`columns`), tokens (`steps`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 from pipeline.dialogues import (
@@ -90,7 +90,7 @@ def _trajectory(entry: Any) -> tuple[Dialogue | None, dict[str, Any]]:
     if not any(step["role"] == "policy" for step in steps):
         raise ValueError("no policy step" if steps else "no steps")
     if "reward" not in given and not any("reward" in step for step in steps):
-        raise ValueError("missing field: reward (the trajectory's, or of a step)")
+        raise ValueError("missing field: reward (inside each trajectory, or of a step)")
     refuse_empty({"the policy's steps": "".join(step["text"] for step in steps if step["role"] == "policy")})
     return before, {"steps": steps, "reward": _reward(given.get("reward", 0.0), "reward")}
 
@@ -151,12 +151,16 @@ def _beside(given: dict[str, Any], steps: list[dict[str, Any]]) -> None:
 
 def _refuse_contradictions(ways: list[dict[str, Any]]) -> None:
     """Ways with the same words have to return the same."""
-    returns: dict[tuple[str, ...], float] = {}
+    returns: dict[tuple[tuple[str, str], ...], float] = {}
     for way in ways:
-        words = tuple(f"{step['role']}:{step['text']}" for step in way["steps"])
+        words = tuple((role, "".join(step["text"] for step in run)) for role, run in groupby(way["steps"], _role))
         total = way["reward"] + sum(step.get("reward", 0.0) for step in way["steps"])
         if returns.setdefault(words, total) != total:
             raise ValueError("equal trajectories with different rewards")
+
+
+def _role(step: dict[str, Any]) -> str:
+    return step["role"]
 
 
 def _list(value: Any, field: str) -> list[Any]:
@@ -168,6 +172,9 @@ def _list(value: Any, field: str) -> list[Any]:
 
 
 def _reward(value: Any, name: str) -> float:
+    """A number; true and false count as 1 and 0, as outcome and process labels have them."""
+    if isinstance(value, bool):
+        return float(value)
     check_number(value, name)
     if abs(value) > _FLOAT32_MAX:
         raise ValueError(f"{name} beyond float32")

@@ -87,7 +87,7 @@ def test_a_whole_name_goes_before_its_dots():
             "wrong type: column 'small.is_correct' is true/false, expected text or a number",
         ),
         ({"steps": "small.solution", "reward": "question"}, "wrong type: reward is text, expected a number"),
-        ({"steps": "small.solution"}, "missing field: reward (the trajectory's, or of a step)"),
+        ({"steps": "small.solution"}, "missing field: reward (inside each trajectory, or of a step)"),
         (
             {"steps": "small.solution", "step_rewards": "question"},
             "wrong type: step_rewards is text, expected a list",
@@ -126,7 +126,6 @@ def test_a_missing_column_is_a_record_with_an_error_and_mappings_are_part_of_the
         ("18.", " 18 ", True),
         ("1,00", "100", False),  # no separator of thousands
         ("18", "81", False),
-        ("18", "18 dollars", False),
         ("a  cat.", "a cat", True),
         ("A cat", "a cat", False),
         ("nan", "nan", True),  # a word, not a number
@@ -139,11 +138,34 @@ def test_answers_match_as_numbers_else_as_text(one, other, same):
     assert matches(other, one) is same
 
 
+@pytest.mark.parametrize(
+    ("text", "right", "same"),
+    [
+        ("The answer is 18 dollars.", "18", True),
+        ("ANSWER: 18%", "18", True),
+        (r"so \boxed{18}", "18", True),
+        ("Answer: **18**", "18", True),
+        ("A: 5. I checked it 3 times", "5", True),
+        ("A: -3 degrees", "3", False),
+        ("A: .5", "0.5", True),
+        ("A: 1,234.50 dollars", "1234.5", True),
+        ("The answer is (B)", "B", True),
+        ("The answer is B, not C", "B", False),
+        ("18 ducks, that is all", "18", False),  # a number somewhere is no answer
+        ("18", "so\n#### 18", True),  # nothing but the answer
+    ],
+)
+def test_an_answer_is_found_among_what_people_write_around_it(text, right, same):
+    way = TrajectoryColumns(steps="said", answer="right")
+    value = mapped({"said": text, "right": right}, Source(path="x", trajectories=(way,)))
+    assert value["trajectories"][0]["reward"] == float(same)
+
+
 def test_the_answer_is_the_last_one_that_the_pattern_finds():
     assert answer_of("A: 3\nNo.\nA: 4", PATTERN) == "4"
     assert answer_of("so 5\n#### 1,000", PATTERN) == "1,000"
     assert answer_of("The answer is 12.", PATTERN) == "12."
-    assert answer_of("forty-two", PATTERN) == "forty-two"
+    assert answer_of("forty-two", PATTERN) is None
     assert answer_of("x=1 y=2", r"(\d)") == "2"
 
 

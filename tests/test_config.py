@@ -292,3 +292,9 @@ def test_digest_names_content():
     assert digest("a", "b") != digest("ab")
     assert os.path.basename(digest("x")) == digest("x")
     assert len(digest("x")) == 16
+
+
+def test_the_critic_keeps_its_own_learning_rate():
+    """Also where only another of its optimizer's keys is given."""
+    assert validate(changed("critic", {"optimizer": {"schedule": "constant"}})).critic.optimizer.lr == 1e-5
+    assert validate(changed("seed", 1)).critic.optimizer.lr == 1e-5

@@ -319,3 +319,9 @@ def test_whatever_a_record_holds_it_is_read_or_refused(kind, value):
         return
     assert len(reason) < 120
     assert "\n" not in reason
+
+
+def test_an_unpaired_dialogue_ends_with_its_response():
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    record = parse({"messages": turns, "label": False}, "unpaired")
+    assert (record.prompt[0].content, record.response, record.label) == ("Hi", "Hello.", False)

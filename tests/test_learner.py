@@ -114,3 +114,31 @@ def test_data_without_behaviour_logprobs_are_refused_before_training(make_config
     assert "importance_weight" in fit(make_config(*DQO, *behaviour), local=True).metrics
     with pytest.raises(ConfigError, match=r"^objective\.importance: 12 of 12 rows have no log-probs of the policy"):
         fit(make_config(*DQO, *behaviour, f"data.sources.0.path={bare}"), local=True)
+
+
+def test_a_reference_with_other_tokens_is_refused_before_anything_is_scored(make_config, tmp_path: Path) -> None:
+    from tests.conftest import save_tiny_llama
+
+    other = save_tiny_llama(tmp_path / "other", vocab_size=300)
+    config = make_config("objective={name: tdpo}", f"model.reference={other}")
+    with pytest.raises(
+        ConfigError, match=r"^model\.reference: its tokenizer differs .* of 300 and 259\); name a reference"
+    ):
+        fit(config, local=True)
+    assert not list((Path(config.storage) / "cache").glob("re*"))
+
+
+def test_labels_that_are_all_the_same_and_lonely_prompts_are_warned_of(make_config, tmp_path: Path, caplog) -> None:
+    data = tmp_path / "good.jsonl"
+    data.write_text(
+        '{"prompt": "p", "response": "a", "label": true}\n{"prompt": "p", "response": "b", "label": true}\n'
+    )
+    fit(make_config("data.kind=unpaired", f"data.sources.0.path={data}", "objective={name: kto}"), local=True)
+    assert "all labels are the same" in caplog.text
+    assert "2 rows have no response to another prompt" in caplog.text
+
+
+def test_a_bound_that_no_response_reaches_is_warned_of(make_config, caplog: pytest.LogCaptureFixture) -> None:
+    config = make_config(*DQO, "objective={name: rejection_sft, min_reward: 99}", "train.max_steps=1")
+    fit(config, local=True)
+    assert "no response of this step reaches objective.min_reward" in caplog.text

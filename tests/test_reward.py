@@ -81,3 +81,40 @@ def test_what_scores_nothing_is_refused(tmp_path: Path, make_config, labels, cau
     BertForSequenceClassification(BertConfig(**sizes, vocab_size=99, num_labels=labels)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=cause):
         load_reward_network(make_config().model, str(tmp_path))
+
+
+def test_transformers_reads_the_exported_score_at_the_end_even_where_padding_was_eos(
+    make_config, tmp_path: Path
+) -> None:
+    """Llama-like tokenizers often pad with EOS; transformers skips padding, and would read one token too early."""
+    from transformers import AutoModelForCausalLM
+
+    base = make_config().model.path
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = make_config(
+        "objective={name: reward_model}",
+        f"model.path={tmp_path / 'model'}",
+        "train.max_steps=3",
+        "optimizer.lr=0.01",
+        "checkpoint.export_dtype=float32",
+    )
+    export = fit(config, local=True).export
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    lm = AutoModelForSequenceClassification.from_pretrained(export)
+    texts = [f"{text}{tokenizer.eos_token}" for text in ("a film good", "a film bad and long")]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    network = load_reward_network(config.model, str(export), trained=True)
+    for i, text in enumerate(texts):
+        ids = tokenizer(text)["input_ids"]
+        ours = network(collate([Row(0, ids[:3], [ids[3:]])])).scores[0, 0]
+        torch.testing.assert_close(lm(**batch).logits[i, 0], ours, atol=1e-4, rtol=1e-4)
+
+
+def test_a_language_model_is_not_evaluated_as_a_reward_model(make_config) -> None:
+    config = make_config("objective={name: reward_model}")
+    with pytest.raises(ConfigError, match=r"^checkpoint_from: .* is no reward model"):
+        load_reward_network(config.model, config.model.path, trained=True)

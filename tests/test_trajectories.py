@@ -116,7 +116,7 @@ STEPS = {"prompt": "p", "steps": ["a", "b"], "reward": 1}
     [
         ({"prompt": "p", "reward": 1}, "missing field: steps"),
         ({"steps": ["a"], "reward": 1}, "missing field: prompt"),
-        ({"prompt": "p", "steps": ["a"]}, "missing field: reward (the trajectory's, or of a step)"),
+        ({"prompt": "p", "steps": ["a"]}, "missing field: reward (inside each trajectory, or of a step)"),
         (STEPS | {"steps": []}, "no steps"),
         (STEPS | {"steps": "a"}, "wrong type: steps is text, expected a list"),
         (STEPS | {"steps": ["a", 5]}, "wrong type: a step is a number, expected text or an object with text"),
@@ -128,7 +128,7 @@ STEPS = {"prompt": "p", "steps": ["a", "b"], "reward": 1}
         (STEPS | {"steps": [{"text": "a", "role": 1}]}, "wrong type: a step's role is a number, expected text"),
         (STEPS | {"steps": [{"text": "a", "role": "environment"}]}, "no policy step"),
         (STEPS | {"reward": "1"}, "wrong type: reward is text, expected a number"),
-        (STEPS | {"reward": True}, "wrong type: reward is true/false, expected a number"),
+        (STEPS | {"reward": [1]}, "wrong type: reward is a list, expected a number"),
         (STEPS | {"reward": float("nan")}, "non-finite reward"),
         (STEPS | {"reward": 1e39}, "reward beyond float32"),
         (STEPS | {"steps": [{"text": "a", "reward": float("inf")}]}, "non-finite step's reward"),
@@ -199,3 +199,17 @@ def test_whatever_a_record_holds_it_is_read_or_refused(value, nested):
         return
     assert len(reason) < 120
     assert "\n" not in reason
+
+
+def test_labels_are_rewards_too():
+    """Outcome and process labels, as data of true and false have them."""
+    value = {"prompt": "p", "steps": ["a", "b"], "step_rewards": [True, False], "reward": True}
+    (way,) = parse(value, "trajectory").trajectories
+    assert [step.reward for step in way.steps] == [1.0, 0.0]
+    assert way.reward == 1.0
+
+
+def test_the_same_words_in_other_steps_are_the_same_trajectory():
+    ways = [{"steps": ["ab"], "reward": 1}, {"steps": ["a", "b"], "reward": 0}]
+    with pytest.raises(ValueError, match="equal trajectories with different rewards"):
+        parse({"prompt": "p", "trajectories": ways}, "trajectory")

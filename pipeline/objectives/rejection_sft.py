@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.contracts import Batch, LossOut, Mean, Needs, Objective, PolicyOut, Term
+from pipeline.contracts import Alarm, Batch, LossOut, Mean, Needs, Objective, PolicyOut, Term
 
 
 def best_of(valid: Tensor, fraction: float) -> Tensor:
@@ -29,6 +29,10 @@ class RejectionSft(Objective):
     """
 
     needs: ClassVar[Needs] = Needs(records=frozenset({"ranking", "preference", "trajectory", "unpaired"}))
+
+    alarms: ClassVar[tuple[Alarm, ...]] = (
+        Alarm("kept", "no response of this step reaches objective.min_reward; lower it or check the rewards", low=1e-9),
+    )
 
     keep_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Share of a prompt's responses to train on, best first; rounded down, at least one. Unused with `min_reward`."""

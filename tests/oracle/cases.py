@@ -98,4 +98,4 @@ def trained_dpo(mdp: TokenMdp) -> TabularPolicy:
 
 @cache
 def trained_f_dpo(divergence: str, alpha: float) -> TabularPolicy:
-    return fit(small(), FDpo(beta=BETA, divergence=divergence, alpha=alpha), soft_pairs(small()))
+    return fit(small(), FDpo(beta=BETA, divergence=divergence, alpha=alpha), soft_pairs(small()), rounds=12)
