@@ -99,6 +99,12 @@ class Source(Section):
     """Share of this source in the mix. Set it on all sources or none (= every row of every source is used)."""
 
 
+def _around_prompt(template: str) -> str:
+    if template.count("{prompt}") != 1:
+        raise ValueError("needs {prompt} once, where the prompt goes")
+    return template
+
+
 class DataConfig(Section):
     """Which records, and how they become token rows."""
 
@@ -114,6 +120,8 @@ class DataConfig(Section):
     """Tokens of prompt + one response. Prompts are cut from the left first; then responses from the right, counted."""
     max_prompt_length: Annotated[int, Field(ge=1)] | None = None
     """A tighter bound on the prompt alone."""
+    prompt_template: Annotated[str, AfterValidator(_around_prompt)] | None = None
+    """Text around plain-text prompts, e.g. "Question: {prompt}\\nAnswer:". Dialogues have their chat template."""
     chat_template: str | None = None
     """Jinja template that replaces the tokenizer's own for message lists."""
     append_eos: bool = True

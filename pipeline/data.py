@@ -278,7 +278,7 @@ def refuse(data: DataConfig, found: Summary, hint: str) -> None:
 
 def _shaping(config: RunConfig) -> dict[str, Any]:
     """The part of the configuration that changes rows (mixing, splitting and bounds on errors do not)."""
-    keys = ("kind", "max_length", "max_prompt_length", "chat_template", "append_eos", "ties")
+    keys = ("kind", "max_length", "max_prompt_length", "prompt_template", "chat_template", "append_eos", "ties")
     shaping = {key: getattr(config.data, key) for key in keys}
     return shaping | {"mismatched": config.objective.needed().mismatched}
 

@@ -160,7 +160,9 @@ class Renderer:
     # --------------------------------------------------------------------------------------------- prompt
 
     def _prompt_text(self, prompt: str | list[Message]) -> str:
-        return prompt if isinstance(prompt, str) else self.chat.prompt(prompt)
+        if not isinstance(prompt, str):
+            return self.chat.prompt(prompt)
+        return (self.data.prompt_template or "{prompt}").replace("{prompt}", prompt)
 
     def _begun(self, ids: list[int]) -> list[int]:
         """The same tokens behind exactly one BOS if the tokenizer uses one; at least one token."""

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from pipeline.config import ConfigError, DataConfig, Source
 from pipeline.records import Demonstration, Message, PreferencePair, Ranking
 from pipeline.rendering import Rendered, Renderer
+from tests.conftest import tiny_tokenizer
 
 CORPUS = [
     "the cat sat on the mat, and the dog sat there too. What is it? Yes, it is!\n\nHuman: hi\n\nAssistant: hello"
@@ -398,3 +399,13 @@ def test_tokens_after_the_last_special_one_are_those_of_the_whole_text(turns, re
     if joint[: len(rendered.prompt_ids)] == rendered.prompt_ids:
         assert rendered.prompt_ids + rendered.response_ids[0] == joint
     assert text_of(tokenizer, rendered.response_ids[0]) == response + "<|im_end|>"
+
+
+def test_a_prompt_template_goes_around_plain_prompts_alone() -> None:
+    data = DataConfig(kind="preference", sources=[{"path": "x"}], prompt_template="Q: {prompt}\nA:")
+    render = Renderer(tiny_tokenizer(), data)
+    plain, chat = render.prompt_ids("2 + {2}"), render.prompt_ids([Message(role="user", content="hi")])
+    assert render.tokenizer.decode(plain) == "Q: 2 + {2}\nA:"
+    assert "Q:" not in render.tokenizer.decode(chat)
+    with pytest.raises(ValueError, match=r"needs \{prompt\} once"):
+        DataConfig(kind="preference", sources=[{"path": "x"}], prompt_template="Q: A:")
