@@ -28,7 +28,8 @@ def bellman_residuals(
 
     G^λ are the λ-returns of r − βρ, X is G^λ ("return") or V ("value"). λ = 1 with "return" is OREO's residual
     V − R + βρ + sg[β Σ_later ρ] (arXiv 2412.16145, Eq. 9); λ = 0 with "value" is the one-step form. At the optimum of the
-    KL-regularised problem all of them are 0, on any data.
+    KL-regularised problem all of them are 0, on any data, where nothing but the policy is random. With a random environment
+    their expectations are.
     """
     assert beta_rho.shape == reward.shape == values.shape == mask.shape
     fixed = values.detach()
@@ -47,7 +48,11 @@ def residuals_of(
 
 
 def trajectory_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over each trajectory's trained tokens, [B, K, R] → [B, K]; 0 where there are none."""
+    """Mean over each trajectory's trained tokens, [B, K, R] → [B, K]; 0 where there are none.
+
+    Where a random environment decides how many tokens the policy gets to write, the 1/length weighs its outcomes unequally:
+    the fixed point then is off by a little (`tests/oracle/test_turns.py`).
+    """
     return torch.where(mask, x, torch.zeros_like(x)).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
