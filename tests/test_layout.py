@@ -37,6 +37,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tdpo": {"beta": 0.5},
 }
 """Settings under which every term of an objective's loss counts."""
+BY_KIND: dict[tuple[str, str], dict[str, Any]] = {("rejection_sft", "unpaired"): {"min_reward": 0.0}}
+"""Settings that a kind of data asks for."""
 
 
 def config_of(name: str, kind: RecordKind, model: Path) -> RunConfig:
@@ -45,7 +47,7 @@ def config_of(name: str, kind: RecordKind, model: Path) -> RunConfig:
         {
             "data": {"kind": kind, "sources": [{"path": "unused"}]},
             "model": {"path": str(model), "dtype": "float32"},
-            "objective": {"name": name} | SETTINGS.get(name, {}),
+            "objective": {"name": name} | SETTINGS.get(name, {}) | BY_KIND.get((name, kind), {}),
             "optimizer": optimizer,
             "critic": {"optimizer": optimizer},
         }
