@@ -10,7 +10,8 @@ Left out: where weights come from (`pretrained`), how they are trained (`engine`
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,10 +89,14 @@ class Policy(nn.Module):
         with self._reference_weights() as lm:
             return _logits(lm, states)
 
-    def _reference_weights(self) -> AbstractContextManager[nn.Module]:
+    @contextmanager
+    def _reference_weights(self) -> Iterator[nn.Module]:
+        """The frozen model, or the policy's own with the adapter off."""
         if self._frozen is not None:
-            return nullcontext(self._frozen)
-        return _Without(self._adapter, self.lm)
+            yield self._frozen
+        else:
+            with self._adapter.disable_adapter():
+                yield self.lm
 
     def place(self, device: torch.device) -> None:
         """Move the reference, which no engine knows of, to where the policy runs."""
@@ -105,20 +110,6 @@ class Policy(nn.Module):
     def enable_activation_checkpointing(self) -> None:
         """Recompute each layer in the backward pass."""
         self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-class _Without(AbstractContextManager):
-    """The same weights with the adapter off."""
-
-    def __init__(self, adapter: Any, lm: nn.Module) -> None:
-        self._off, self._lm = adapter.disable_adapter(), lm
-
-    def __enter__(self) -> nn.Module:
-        self._off.__enter__()
-        return self._lm
-
-    def __exit__(self, *error: Any) -> None:
-        self._off.__exit__(*error)
 
 
 def load_policy(
