@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeline.config import ConfigError, RunConfig
 from pipeline.contracts import Batch, PolicyOut
-from pipeline.model import add_lora, packs, remove_dropout, unflatten
+from pipeline.model import add_lora, packs, recompute_layers, remove_dropout, unflatten
 from pipeline.pretrained import load_backbone, load_config, precision
 from pipeline.trunk import token_states
 
@@ -63,7 +63,7 @@ def load_critic(config: RunConfig, path: str, dtype: torch.dtype | None = None) 
     if settings.lora is not None:
         object.__setattr__(critic, "adapter", add_lora(trunk, settings.lora, "FEATURE_EXTRACTION"))
     if settings.activation_checkpointing:
-        trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_layers(trunk)
     return critic
 
 

@@ -109,7 +109,7 @@ class Policy(nn.Module):
 
     def enable_activation_checkpointing(self) -> None:
         """Recompute each layer in the backward pass."""
-        self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_layers(self.lm)
 
 
 def load_policy(
@@ -181,6 +181,11 @@ def _check_head(lm: nn.Module) -> None:
         lm.train(was_training)
     if (ours - own).abs().max() > (1e-3 if lm.dtype == torch.float32 else 0.2):
         raise ConfigError(f"model.path: {type(lm).__name__} transforms its logits in a way qalign does not know")
+
+
+def recompute_layers(lm: nn.Module) -> None:
+    """Recompute each layer in the backward pass: activation checkpointing."""
+    lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def remove_dropout(lm: nn.Module) -> None:

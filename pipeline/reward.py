@@ -10,7 +10,7 @@ from torch import nn
 
 from pipeline.config import ConfigError, ModelConfig
 from pipeline.contracts import Batch, PolicyOut
-from pipeline.model import add_lora, packs, remove_dropout, unflatten
+from pipeline.model import add_lora, packs, recompute_layers, remove_dropout, unflatten
 from pipeline.pretrained import classifies, load_config, load_scorer, precision
 from pipeline.trunk import final_states
 
@@ -32,7 +32,7 @@ class RewardNetwork(nn.Module):
             object.__setattr__(self, "_adapter", add_lora(lm.base_model, config.lora, "FEATURE_EXTRACTION"))
             lm.score.requires_grad_(True)
         if config.activation_checkpointing:
-            lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute_layers(lm)
 
     def forward(self, batch: Batch) -> PolicyOut:
         states = final_states(self.lm, batch, self.shared_prompt)  # [M, D]
@@ -47,14 +47,12 @@ class RewardNetwork(nn.Module):
         return self.lm
 
 
-def load_reward_network(
-    config: ModelConfig, path: str, dtype: torch.dtype | None = None, trained: bool = False
-) -> RewardNetwork:
+def load_reward_network(config: ModelConfig, path: str, trained: bool = False) -> RewardNetwork:
     """The reward model that training starts from: the trunk at `path` with a zero head, or a reward model as it is.
 
     trained: refuse a plain language model (ConfigError), whose head would be zero.
     """
     if trained and not classifies(load_config(path, config.trust_remote_code, "checkpoint_from")):
         raise ConfigError(f"checkpoint_from: {path} is no reward model; name a run of objective reward_model")
-    lm = load_scorer(path, dtype or precision(config.dtype), config.attention, config.trust_remote_code)
+    lm = load_scorer(path, precision(config.dtype), config.attention, config.trust_remote_code)
     return RewardNetwork(lm, config)
