@@ -26,6 +26,8 @@ METRICS: dict[str, str] = {
     "logprob/rejected": "mean log π per token of the worst response, nats",
     "grad_norm": "global gradient norm before clipping",
     "lr": "learning rate of the step",
+    "critic/grad_norm": "the same of the critic, where there is one",
+    "critic/lr": "the critic's learning rate of the step",
     "tokens_per_second": "prompt and response tokens per second, all workers, without padding",
     "rows_per_second": "prompts (with all their responses) per second, all workers",
     "epoch": "epochs done, fractional",
