@@ -160,7 +160,7 @@ def with_ratios(log_ratios: Sequence[Sequence[float]]) -> tuple[Batch, Tensor]:
     return batch, (torch.tensor(log_ratios)[..., None] - 1.0).requires_grad_()
 
 
-def same_update(first: Objective, second: Objective, batch: Batch, raw: Tensor) -> None:
+def assert_same_update(first: Objective, second: Objective, batch: Batch, raw: Tensor) -> None:
     """Asserts that two objectives have the same loss and the same gradient, and that there is one.
 
     raw: log-probs alone [B, K, R], or the leaf of `make_raw`.

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.objectives.dpo import Dpo, dpo_loss
 from pipeline.objectives.plackett_luce import PlackettLuce, plackett_luce_loss
-from tests.batches import LENGTHS, as_out, loss_of, make_batch, make_logprobs, same_update, with_ratios
+from tests.batches import LENGTHS, as_out, assert_same_update, loss_of, make_batch, make_logprobs, with_ratios
 
 
 def test_dpo_worked():
@@ -58,7 +58,7 @@ def test_plackett_luce_probabilities_of_all_rankings_sum_to_one():
 
 def test_plackett_luce_of_pairs_is_dpo():
     batch = make_batch(LENGTHS["preference"], weight=[1, 2, 0.5, 0])
-    same_update(PlackettLuce(beta=0.3), Dpo(beta=0.3), batch, make_logprobs(batch))
+    assert_same_update(PlackettLuce(beta=0.3), Dpo(beta=0.3), batch, make_logprobs(batch))
 
 
 def test_ragged_rankings_equal_the_unpadded_ones():

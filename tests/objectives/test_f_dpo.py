@@ -7,14 +7,17 @@ import torch
 
 from pipeline.objectives.dpo import Dpo
 from pipeline.objectives.f_dpo import FDpo, f_score
-from tests.batches import LENGTHS, as_out, make_batch, make_logprobs, same_update, with_ratios
+from tests.batches import LENGTHS, as_out, assert_same_update, make_batch, make_logprobs, with_ratios
+from tests.oracle.mdp import papers_f
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jensen_shannon", "alpha")
 
 
 def test_f_dpo_with_reverse_kl_is_dpo():
     batch = make_batch(LENGTHS["preference"], weight=[1, 2, 0.5, 0])
-    same_update(FDpo(beta=0.3, label_smoothing=0.1), Dpo(beta=0.3, label_smoothing=0.1), batch, make_logprobs(batch))
+    assert_same_update(
+        FDpo(beta=0.3, label_smoothing=0.1), Dpo(beta=0.3, label_smoothing=0.1), batch, make_logprobs(batch)
+    )
 
 
 def test_alpha_divergence_runs_from_reverse_to_forward_kl():
@@ -33,13 +36,7 @@ def test_f_score_is_the_derivative_of_its_divergence(divergence):
     ratio = torch.linspace(-3, 3, 13, dtype=torch.float64)
     u = ratio.exp().requires_grad_()
     alpha = 0.3
-    f = {
-        "reverse_kl": u * u.log(),
-        "forward_kl": -u.log(),
-        "jensen_shannon": u * u.log() - (u + 1) * ((u + 1) / 2).log(),
-        "alpha": (u ** (1 - alpha) - (1 - alpha) * u - alpha) / (alpha * (alpha - 1)),
-    }[divergence]
-    (slope,) = torch.autograd.grad(f.sum(), u)
+    (slope,) = torch.autograd.grad(papers_f(u, divergence, alpha).sum(), u)
     constant = slope - f_score(ratio, divergence, alpha)
     torch.testing.assert_close(constant, constant[:1].expand_as(constant), rtol=0, atol=1e-12)
 

@@ -13,7 +13,7 @@ from pipeline.objectives.ipo import Ipo, ipo_loss
 from pipeline.objectives.orpo import Orpo, log_odds, odds_ratio_loss
 from pipeline.objectives.simpo import SimPo, simpo_loss
 from pipeline.objectives.unlikelihood import Unlikelihood, unlikelihood_loss
-from tests.batches import as_out, loss_of, make_batch, make_logprobs, rows_of, same_update
+from tests.batches import as_out, assert_same_update, loss_of, make_batch, make_logprobs, rows_of
 
 
 def test_ipo_worked():
@@ -52,7 +52,7 @@ def test_simpo_without_margin_is_dpo_of_means_without_reference():
     for n in (1, 3):  # rows of one length, where the mean is β/n times the sum
         rows = (length[:, 0] == n).nonzero().flatten().tolist()
         part = replace(rows_of(batch, rows), ref_logprobs=torch.zeros_like(batch.ref_logprobs[rows]))
-        same_update(SimPo(beta=0.6, gamma=0.0), Dpo(beta=0.6 / n), part, raw[rows])
+        assert_same_update(SimPo(beta=0.6, gamma=0.0), Dpo(beta=0.6 / n), part, raw[rows])
 
 
 def test_orpo_worked():

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.objectives.rejection_sft import RejectionSft, best_of
 from pipeline.objectives.sft import Sft
-from tests.batches import LENGTHS, as_out, batch_of, loss_of, make_batch, make_logprobs, same_update
+from tests.batches import LENGTHS, as_out, assert_same_update, batch_of, loss_of, make_batch, make_logprobs
 
 
 def test_sft_worked():
@@ -54,7 +54,7 @@ def test_rejection_sft_worked():
 
 def test_rejection_sft_of_pairs_is_sft():
     batch = make_batch(LENGTHS["preference"], weight=[1, 2, 0.5, 0])
-    same_update(RejectionSft(), Sft(), batch, make_logprobs(batch))
+    assert_same_update(RejectionSft(), Sft(), batch, make_logprobs(batch))
 
 
 def test_of_trajectories_sft_takes_the_best_ones_policy_tokens():

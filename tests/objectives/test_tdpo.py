@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.contracts import Batch, PolicyOut
 from pipeline.objectives.dpo import Dpo
 from pipeline.objectives.tdpo import Tdpo
-from tests.batches import KL, LENGTHS, LOGPROB, as_out, loss_of, make_batch, make_raw, same_update, with_ratios
+from tests.batches import KL, LENGTHS, LOGPROB, as_out, assert_same_update, loss_of, make_batch, make_raw, with_ratios
 
 
 def worked() -> tuple[Batch, PolicyOut, Tensor]:
@@ -43,7 +43,7 @@ def test_the_chosen_kl_has_a_gradient_in_the_first_variant_alone(variant, chosen
 @pytest.mark.parametrize("variant", [1, 2])
 def test_without_kl_it_is_dpo(variant):
     batch = make_batch(LENGTHS["preference"], weight=[1, 2, 0.5, 0])
-    same_update(Tdpo(beta=0.3, variant=variant, alpha=0.0), Dpo(beta=0.3), batch, make_raw(batch))
+    assert_same_update(Tdpo(beta=0.3, variant=variant, alpha=0.0), Dpo(beta=0.3), batch, make_raw(batch))
 
 
 def test_both_variants_have_one_value_and_one_gradient_on_the_log_probs():

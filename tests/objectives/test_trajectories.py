@@ -14,7 +14,7 @@ from pipeline.objectives.bellman import bellman_residuals
 from pipeline.objectives.dqo import Dqo
 from pipeline.objectives.dro import Dro, dro_residual
 from pipeline.objectives.oreo import Oreo
-from tests.batches import LOGPROB, VALUE, as_out, batch_of, loss_of, make_raw, same_update
+from tests.batches import LOGPROB, VALUE, as_out, assert_same_update, batch_of, loss_of, make_raw
 
 BETA = 0.1
 
@@ -172,7 +172,7 @@ def test_oreo_residual_is_equation_9():
 
 def test_oreo_without_kl_is_dqo():
     batch = batch_of("trajectory", weight=[1, 2, 0.5, 0])
-    same_update(Oreo(beta=0.3, kl_weight=0.0), Dqo(beta=0.3), batch, make_raw(batch))
+    assert_same_update(Oreo(beta=0.3, kl_weight=0.0), Dqo(beta=0.3), batch, make_raw(batch))
 
 
 def test_oreo_kl_worked():
@@ -225,7 +225,7 @@ def test_dqo_of_one_token_is_dro(lam):
     one = slice(None), slice(None), slice(0, 1)
     names = ("predictor", "response_ids", "response_mask", "ref_logprobs", "token_rewards")
     batch = replace(batch, **{name: getattr(batch, name)[one] for name in names})
-    same_update(Dqo(beta=0.3, lam=lam), Dro(beta=0.3), batch, make_raw(batch))
+    assert_same_update(Dqo(beta=0.3, lam=lam), Dro(beta=0.3), batch, make_raw(batch))
 
 
 @pytest.mark.parametrize("objective", [Dqo(), Oreo(), Dro()])

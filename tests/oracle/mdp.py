@@ -178,16 +178,19 @@ def f_optimum(mdp: TokenMdp, divergence: str, alpha: float) -> Tensor:
     return normalised(logprob, low, high)
 
 
-def f_divergence(logp: Tensor, logq: Tensor, divergence: str, alpha: float) -> Tensor:
-    """D_f(p ‖ q) = Σ q f(p/q) with the paper's f; log-probabilities [X, N] → [X]."""
-    u = (logp - logq).exp()
-    f = {
+def papers_f(u: Tensor, divergence: str, alpha: float) -> Tensor:
+    """f(u) of the paper, any shape."""
+    return {
         "reverse_kl": u * u.log(),
         "forward_kl": -u.log(),
         "jensen_shannon": u * u.log() - (u + 1) * ((u + 1) / 2).log(),
         "alpha": (u ** (1 - alpha) - (1 - alpha) * u - alpha) / (alpha * (alpha - 1)),
     }[divergence]
-    return (logq.exp() * f).sum(-1)
+
+
+def f_divergence(logp: Tensor, logq: Tensor, divergence: str, alpha: float) -> Tensor:
+    """D_f(p ‖ q) = Σ q f(p/q) with the paper's f; log-probabilities [X, N] → [X]."""
+    return (logq.exp() * papers_f((logp - logq).exp(), divergence, alpha)).sum(-1)
 
 
 def kl(logp: Tensor, logq: Tensor) -> float:
