@@ -13,7 +13,7 @@ from pipeline.contracts import Alarm, Batch, LossOut, Mean, Needs, Objective, Po
 
 def best_of(valid: Tensor, fraction: float) -> Tensor:
     """The best `fraction` of each prompt's responses, rounded down, but at least one: valid [B, K] → bool [B, K]."""
-    count = (fraction * valid.sum(-1, keepdim=True)).floor().clamp(min=1)
+    count = (fraction * valid.sum(-1, keepdim=True)).clamp(min=1)
     return valid & (valid.cumsum(-1) <= count)
 
 
