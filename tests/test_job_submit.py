@@ -59,12 +59,13 @@ def test_train_through_ray_job_submit(head: dict[str, str], make_config, tmp_pat
     make_config()  # writes config.yaml
     submit = [str(BIN / "ray"), "job", "submit", "--working-dir", str(ROOT), "--", "python", "-m"]
     overrides = ["scaling.workers=2", "train.max_steps=2", f"storage={tmp_path / 'shared'}"]
-    deadline = time.monotonic() + 60
-    while True:  # until the head's job server answers
-        listed = subprocess.run([str(BIN / "ray"), "job", "list"], env=head, capture_output=True, text=True)
-        if listed.returncode == 0:
+    deadline = time.monotonic() + 120
+    probe = [str(BIN / "ray"), "job", "submit", "--no-wait", "--", "true"]
+    while True:  # the job server answers before the node's agent, which starts jobs, has registered with it
+        probed = subprocess.run(probe, env=head, capture_output=True, text=True)
+        if probed.returncode == 0:
             break
-        assert time.monotonic() < deadline, listed.stderr
+        assert time.monotonic() < deadline, probed.stderr
         time.sleep(1)
     command = [*submit, "jobs.train", str(tmp_path / "config.yaml"), *overrides]
     done = subprocess.run(command, env=head, cwd=ROOT, capture_output=True, text=True, timeout=300)
