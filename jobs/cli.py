@@ -20,6 +20,7 @@ JOBS = {
     "train": "align a model: prepare, train, export, track",
     "eval": "loss, accuracy, margins, sampled reward and KL of a checkpoint",
     "decode": "sample from a checkpoint",
+    "sweep": "many runs with other settings, on workers that stay warm; the best model",
     "export": "a checkpoint as a folder that transformers loads",
 }
 
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(describe())
         return 0
     if argv[:1] and argv[0] in JOBS:
-        return run_job(importlib.import_module(f"jobs.{argv[0]}"), argv[1:])
+        return run_job(importlib.import_module("tune.sweep" if argv[0] == "sweep" else f"jobs.{argv[0]}"), argv[1:])
     listing = "\n".join(f"  {name:8} {text}" for name, text in JOBS.items())
     parser = argparse.ArgumentParser(
         prog="qalign",
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_job(job: ModuleType, argv: Sequence[str] | None = None) -> int:
     """Parse the command line of one job and run it. Errors that a user can mend are one line and exit status 2."""
     parser = argparse.ArgumentParser(
-        prog=f"qalign {job.__name__.removeprefix('jobs.')}",
+        prog=f"qalign {job.__name__.rpartition('.')[2]}",
         description=job.HELP,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -79,6 +80,7 @@ def run_job(job: ModuleType, argv: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch is imported; see `pipeline.cluster`
 
     from pipeline.config_file import load
     from pipeline.errors import UserError

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from jobs.sentiment import pairs, review_prefixes
-from jobs.train import FALLING, chosen_falls
 from pipeline.config import RunConfig, digest
 from pipeline.config_file import validate
 from pipeline.driver import Result, fit
 from pipeline.evaluation.samples import Samples, draw, kl_to_reference
+from pipeline.report.falling import FALLING, chosen_falls
 from pipeline.tracking import Tracker
 
 HELP = __doc__

@@ -1,4 +1,4 @@
-"""What a checkpoint learned and what it cost: held-out loss, accuracy, margins; reward and KL of its own samples."""
+"""What a checkpoint learned and what it cost: accuracy, calibration, rewards, KL, diversity, credit → a table, JSON and MLflow."""
 
 from __future__ import annotations
 
@@ -6,47 +6,137 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
+from pipeline.config import ConfigError, RunConfig
 
-from pipeline.config import RunConfig
+if TYPE_CHECKING:
+    from pipeline.evaluation.results import Evaluation
+    from pipeline.evaluation.study import Study
 
 HELP = (
     "Evaluate a checkpoint (checkpoint_from=…; default: this configuration's own run) on the held-out rows, and on its own "
-    "samples when sampling.scorer is set or --sample is given."
+    "samples when sampling.scorer is set or --sample is given. Writes evaluation.json into the run's folder, or beside the "
+    "checkpoint."
 )
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sample", action="store_true", help="sample and measure KL even without a scorer")
-    parser.add_argument("--json", type=Path, help="also write the metrics to this file")
+    parser.add_argument(
+        "--sample", action="store_true", help="sample and measure KL and diversity even without a scorer"
+    )
+    parser.add_argument(
+        "--json", type=Path, help="also write the numbers alone to this file, {name: value, name_se: standard error}"
+    )
 
 
 def run(config: RunConfig, options: argparse.Namespace) -> None:
-    metrics = evaluate(config, options.local, options.sample)
-    width = max(map(len, metrics))
-    print("\n".join(f"{name:{width}}  {value:.4f}" for name, value in sorted(metrics.items())))
+    evaluation, path = evaluation_of(config, options.local, options.sample)
+    print(table(evaluation))
+    for skipped in evaluation.skipped:
+        print(f"not measured: {skipped.what} ({skipped.reason})", file=sys.stderr)
     if options.json:
-        options.json.write_text(json.dumps(metrics, indent=1) + "\n")
+        options.json.write_text(json.dumps(evaluation.numbers(), indent=1, ensure_ascii=False) + "\n")
+    print(f"written {path}")
 
 
-def evaluate(config: RunConfig, local: bool, sample: bool) -> dict[str, float]:
-    """All metrics by name; they are also logged to the MLflow run of this configuration, if it was trained."""
+def table(evaluation: Evaluation) -> str:
+    """One line a metric: value, standard error and 95 % interval where they are known, and n."""
+    width = max(map(len, evaluation.metrics), default=0)
+    lines = []
+    for name, metric in sorted(evaluation.metrics.items()):
+        error = "" if metric.standard_error is None else f"± {metric.standard_error:.4f}"
+        interval = "" if metric.low is None or metric.high is None else f"[{metric.low:.4f}, {metric.high:.4f}]"
+        lines.append(f"{name:{width}}  {metric.value:9.4f}  {error:9}  {interval:19}  n={metric.n}")
+    return "\n".join(lines)
+
+
+def evaluate(config: RunConfig, local: bool, sample: bool = False) -> dict[str, float]:
+    """The numbers of `evaluation_of`: value by name, and standard error as `<name>_se`."""
+    return evaluation_of(config, local, sample)[0].numbers()
+
+
+def evaluation_of(config: RunConfig, local: bool, sample: bool = False) -> tuple[Evaluation, Path]:
+    """All that `evaluation.evaluators` names, and where it was written; also logged to the MLflow run, if it is this configuration's.
+
+    Raises ConfigError for what is missing or unknown, before any work starts.
+    """
     from pipeline import driver, tracking
-    from pipeline.evaluation.held_out import held_out
-    from pipeline.evaluation.samples import draw, kl_to_reference
-    from pipeline.evaluation.scorers import resolve
-    from pipeline.export import weights_of
-    from pipeline.prompts import read_prompts
-    from pipeline.rows import Rows
+    from pipeline.evaluation import measure_all
+    from pipeline.evaluation.findings import combine
+    from pipeline.report import write_evaluation_report
 
-    if config.sampling.scorer:
-        resolve(config.sampling.scorer)  # an unknown one fails before any work
+    check(config)
     prepared = driver.prepare(config, local)
     own, identity = driver.open_run(config, prepared)
-    weights = weights_of(config.checkpoint_from or str(own), Path(config.storage) / "cache")
-    rows = Rows(prepared.rows, prepared.reference)
-    split = rows.split(config.data, config.seed)
+    study = open_study(config, prepared, own, local, sample)
+    title = f"{config.name}: {config.objective_name} on {config.checkpoint_from or own.name}"
+    found = combine(title, measure_all(study))
+    if study.has_second:
+        found = found.model_copy(update={"before": "against"})
+    path = found.write(result_path(config, own))
+    folder = own if config.checkpoint_from is None else Path(config.checkpoint_from).expanduser()
+    page = write_evaluation_report(found, folder if folder.is_dir() else None, path.with_suffix(".html"))
+    if config.checkpoint_from is None:
+        tracker = tracking.start(config, own, identity)
+        tracker.log_summary({f"evaluation/{name}": value for name, value in found.numbers().items()})
+        tracker.log_artifact(path)
+        tracker.log_artifact(page)
+        tracker.finish("FINISHED")
+    return found, path
+
+
+def check(config: RunConfig) -> None:
+    """What can be known to fail from the configuration and the files it names. Raises ConfigError."""
+    from pipeline.evaluation import EVALUATORS
+    from pipeline.evaluation.diversity import check_library
+    from pipeline.evaluation.planted import KEY
+    from pipeline.evaluation.scorers import judge_for
+    from pipeline.sources import plan
+
+    asked = config.evaluation.evaluators
+    for name in asked or ():
+        if name not in EVALUATORS:
+            raise ConfigError(f"evaluation.evaluators: there is no {name!r}; known are {', '.join(EVALUATORS)}")
+    if config.sampling.scorer:
+        judge_for(config, None)
+    elif config.evaluation.against:
+        raise ConfigError("evaluation.against: a win rate needs a score; set sampling.scorer")
+    if asked is None or "diversity" in asked:
+        check_library()
+    if config.evaluation.planted is not None:
+        plan([config.evaluation.planted], Path(config.storage) / "cache" / "sources", key=KEY)
+    for key, path in (("checkpoint_from", config.checkpoint_from), ("evaluation.against", config.evaluation.against)):
+        if path is not None:
+            _check_model(path, Path(config.storage) / "cache", key)
+    runs = Path(config.storage) / "runs"
+    if config.checkpoint_from is None and not any(runs.glob(f"{config.name}-*/run.json")):
+        raise ConfigError(f"checkpoint_from: there is no run {config.name} in {runs}; train it first, or name a model")
+
+
+def _check_model(path: str, cache: Path, key: str) -> None:
+    """Raises ConfigError where a run, checkpoint, folder or name cannot be a model."""
+    from pipeline import checkpoint
+    from pipeline.export import RUN_FILE
+    from pipeline.pretrained import load_config, locate
+
+    folder = Path(path).expanduser()
+    if not (folder / RUN_FILE).is_file() and not (folder / checkpoint.STATE).is_file():
+        load_config(locate(path, cache, key), key=key)
+
+
+def open_study(config: RunConfig, prepared: object, own: Path, local: bool, sample: bool) -> Study:
+    """Weights, rows and what was carried over from training, put together."""
+    from pipeline import driver
+    from pipeline.evaluation.study import Study
+    from pipeline.export import weights_of
+    from pipeline.rows import Rows
+
+    assert isinstance(prepared, driver.Prepared)
+    cache = Path(config.storage) / "cache"
+    weights = weights_of(config.checkpoint_from or str(own), cache)
+    second = weights_of(config.evaluation.against, cache, "evaluation.against") if config.evaluation.against else None
+    split = Rows(prepared.rows, prepared.reference).split(config.data, config.seed)
     positions = split.eval
     if not len(positions):
         print(
@@ -56,19 +146,26 @@ def evaluate(config: RunConfig, local: bool, sample: bool) -> dict[str, float]:
     evaluated = Path(config.checkpoint_from) if config.checkpoint_from else own
     last = driver.last_metrics(evaluated)  # of the run whose weights these are; nothing where they are no run's
     carried = {name: last[name] for name in config.objective.needed().carried if name in last}
-    metrics = dict(held_out(config, prepared, weights, np.asarray(positions), local, carried))
-    if config.objective.needed().model == "reward":
-        if sample or config.sampling.scorer:
-            print("a reward model writes nothing: no samples were drawn", file=sys.stderr)
-    elif sample or config.sampling.scorer:
-        prompts = read_prompts(config, prepared)
-        samples = draw(config, weights, prompts.ids, prompts.texts, prompts.stop_ids, local)
-        metrics |= samples.metrics() | kl_to_reference(config, weights, prepared.frozen, samples, local)
+    named = bool(config.evaluation.evaluators)
+    sampling = sample or config.sampling.scorer is not None or named
+    return Study(config, prepared, weights, second, positions, carried, sampling, local)
+
+
+def result_path(config: RunConfig, own: Path) -> Path:
+    """evaluation.json in the run's folder; beside any other model, whose own folder stays as it is."""
+    from pipeline.evaluation.results import FILE
+    from pipeline.export import RUN_FILE
+
     if config.checkpoint_from is None:
-        tracker = tracking.start(config, own, identity)
-        tracker.log_summary({f"evaluation/{name}": value for name, value in metrics.items()})
-        tracker.finish("FINISHED")
-    return metrics
+        return own / FILE
+    folder = Path(config.checkpoint_from).expanduser().absolute()
+    if (folder / RUN_FILE).is_file():
+        return folder / FILE
+    if folder.is_dir():
+        return folder.with_name(f"{folder.name}-{FILE}")
+    return (
+        Path(config.storage) / "evaluations" / f"{config.checkpoint_from.replace('/', '--').replace(':', '-')}-{FILE}"
+    )
 
 
 if __name__ == "__main__":

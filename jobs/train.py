@@ -6,14 +6,9 @@ import argparse
 import sys
 
 from pipeline.config import RunConfig
+from pipeline.report.falling import FALLING, chosen_falls
 
 HELP = "Prepare data, train the objective, export the model, track in MLflow. Run it again to continue a killed run."
-
-FALLING = (
-    "The chosen reward fell while the margin grew. That is expected when the reference was trained on the chosen responses: "
-    "E_ref[β log π/π_ref] = −β·KL(π_ref‖π) ≤ 0, so probability leaves the data, less of it from the chosen side. "
-    "If it worries you, add likelihood (for DPO: objective.nll_weight=0.1)."
-)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,13 +50,6 @@ def describe(result, explained: bool, job: str = "decode") -> str:
     if result.tracking:
         lines.append(f"mlflow             {result.tracking}")
     return "\n".join([*lines, f"next               qalign {job} CONFIG.yaml checkpoint_from={result.run}"])
-
-
-def chosen_falls(metrics: dict[str, float]) -> bool:
-    """Whether the run shows the effect that `FALLING` explains: rewards start at 0, so signs tell. Held-out rows first:
-    one training step alone is noisy."""
-    prefix = "eval/" if "eval/reward/chosen" in metrics else ""
-    return metrics.get(f"{prefix}reward/chosen", 0.0) < -0.01 and metrics.get(f"{prefix}reward/margin", 0.0) > 0.01
 
 
 if __name__ == "__main__":

@@ -240,6 +240,7 @@ class ScalingConfig(Section):
     cpus_per_worker: Positive = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     zero_stage: Literal[0, 1, 2, 3] = 2
+    """One float32 worker without offload runs at stage 0 whatever this says: it has nothing to share."""
     offload_optimizer: bool = False
     """Keep optimizer state in host memory (needs a C++ compiler: DeepSpeed builds its CPU Adam)."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
@@ -294,7 +295,8 @@ class SamplingConfig(Section):
     limit: Count | None = None
     """At most this many prompts."""
     scorer: str | None = None
-    """`vader`, or a dotted path `package.module:function` from (prompt, response) to a number."""
+    """`vader`, `verifiable` (the right answer), `classifier:NAME` (a sequence classifier, or a run of reward_model), or a dotted
+    path `package.module:function` from (prompt, response) to a number."""
     output: str | None = None
     """File that `jobs.decode` writes (jsonl); default: in the run's folder."""
 
@@ -303,6 +305,143 @@ class SamplingConfig(Section):
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError("min_new_tokens: must not exceed max_new_tokens")
         return self
+
+
+class EvaluationConfig(Section):
+    """What `jobs.eval` measures."""
+
+    evaluators: tuple[Name, ...] | None = None
+    """Names of `pipeline.evaluation.EVALUATORS`; default: all, those of samples where a scorer is set or --sample is given."""
+    against: Name | None = None
+    """A second model, run or checkpoint, whose samples of the same prompts are compared with the policy's."""
+    bins: Annotated[int, Field(ge=2)] = 10
+    """Bins of the reliability diagrams, all of the same width."""
+    answer: Name = "answer"
+    """For the scorer `verifiable`: the prompts' column with the right answer (dotted where nested)."""
+    answer_pattern: str = TrajectoryColumns.model_fields["answer_pattern"].default
+    """Regular expression whose group, at its last match, is the answer (the whole text where it has no match)."""
+    label: str | int | None = None
+    """For the scorer `classifier:…`: whose probability is the score, by name or index; needed where there are several labels."""
+    credit_rows: Annotated[int, Field(ge=0)] = 4
+    """Held-out rows whose tokens' credit is stored."""
+    samples_shown: Annotated[int, Field(ge=0)] = 8
+    """Prompts whose completions are stored side by side."""
+    planted: Source | None = None
+    """Records with prompt, response and `errors`, a list of [start, stop] places in the response (characters)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _planted_path(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and isinstance(value.get("planted"), str):
+            return {**value, "planted": {"path": value["planted"]}}
+        return value
+
+    @model_validator(mode="after")
+    def _one_group(self) -> EvaluationConfig:
+        try:
+            groups = re.compile(self.answer_pattern).groups
+        except re.error as error:
+            raise ValueError(f"answer_pattern: no regular expression ({error})") from None
+        if groups != 1:
+            raise ValueError(f"answer_pattern: needs one group (…) around the answer, has {groups}")
+        return self
+
+
+# -------------------------------------------------------------------------------------------------- sweeps
+
+
+class Range(Section):
+    """Numbers that a sweep may take for one key."""
+
+    low: float
+    high: float
+    log: bool = False
+    """Even on a logarithmic scale."""
+    integer: bool = False
+    points: Annotated[int, Field(ge=2)] = 5
+    """How many of them a grid takes, both ends included."""
+
+    @model_validator(mode="after")
+    def _bounds(self) -> Range:
+        if self.low >= self.high:
+            raise ValueError(f"low: {self.low:g} has to be below high, {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError("low: has to be above 0 on a logarithmic scale")
+        if self.integer and not (self.low.is_integer() and self.high.is_integer()):
+            raise ValueError("integer: low and high have to be whole numbers")
+        return self
+
+
+Dimension = Range | tuple[Any, ...] | Literal["default"]
+
+
+def _dimension(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        if not value:
+            raise ValueError("has no values; name some, or remove the key")
+        return tuple(value)
+    if isinstance(value, Mapping):
+        return Range(**value)
+    if isinstance(value, Range) or value == "default":
+        return value
+    raise ValueError("write a list of values, {low: …, high: …} or default")
+
+
+def _space(value: Any) -> Any:
+    """Dotted keys, as in YAML, or nested mappings, as dotted overrides on the command line make them."""
+    if not isinstance(value, Mapping):
+        return value
+
+    def flat(prefix: str, node: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, inner in node.items():
+            nested = isinstance(inner, Mapping) and inner and not inner.keys() & Range.model_fields.keys()
+            found |= flat(f"{prefix}{key}.", inner) if nested else {f"{prefix}{key}": inner}
+        return found
+
+    if not value:
+        raise ValueError("is empty; name a key to vary, e.g. {objective.beta: default}")
+    return flat("", value)
+
+
+class AshaConfig(Section):
+    """Asynchronous successive halving: stops trials that are behind others at the same optimizer step."""
+
+    grace: Count | None = None
+    """Optimizer steps before a trial may be stopped; default: the steps between two evaluations."""
+    reduction: Annotated[float, Field(gt=1)] = 3.0
+    """At each rung the best 1/reduction of the trials that came so far go on; rungs are this factor of steps apart."""
+
+
+class SweepConfig(Section):
+    """What `tune.sweep` varies, how it chooses, and when it stops a trial. Each trial is this configuration with overrides."""
+
+    space: Annotated[dict[str, Annotated[Dimension, BeforeValidator(_dimension)]], BeforeValidator(_space)]
+    """Dotted key: list of values, {low: …, high: …, log: true}, or `default` (for β, λ, divergence, objective, learning rate)."""
+    search: Literal["grid", "random", "optuna"] = "grid"
+    """`optuna` (its TPE sampler) is an extra: pip install optuna."""
+    trials: Count = 16
+    """How many trials random and optuna make."""
+    scheduler: Literal["fifo", "asha"] = "fifo"
+    """`asha` stops early what is behind; `fifo` lets every trial end."""
+    asha: AshaConfig = AshaConfig()
+    metric: Name = "eval/accuracy"
+    """Metric of the training loop that ranks trials; eval/… needs held-out rows."""
+    mode: Literal["max", "min"] | None = None
+    """Default: min where the metric's name ends in loss or error, else max."""
+    max_concurrent_trials: Count | None = None
+    """Default: what the cluster can hold."""
+    max_failures: Annotated[int, Field(ge=0)] = 1
+    """How often a trial whose worker died is taken up again from its last checkpoint."""
+    evaluate: bool = False
+    """Run `jobs.eval` on each finished trial: reward (sampling.scorer) and KL of the policy's own samples."""
+    register_as: str | None = None
+    """Register the best model under this name in MLflow (copies the weights)."""
+
+    @property
+    def maximise(self) -> bool:
+        """Whether more of the metric is better."""
+        return self.mode == "max" if self.mode else not self.metric.endswith(("loss", "error"))
 
 
 # ------------------------------------------------------------------------------------------------- the run
@@ -345,6 +484,8 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    sweep: SweepConfig | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> RunConfig:

@@ -197,6 +197,8 @@ class Objective(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     needs: ClassVar[Needs]
     alarms: ClassVar[tuple[Alarm, ...]] = ()
+    bradley_terry: ClassVar[bool] = False
+    """Whether σ(implied reward − implied reward) is the probability that the loss gives a preference: it can be calibrated."""
 
     def needed(self) -> Needs:
         """What this configuration needs, where hyper-parameters change it; default: `needs`."""

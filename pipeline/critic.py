@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from pipeline.config import ConfigError, RunConfig
 from pipeline.contracts import Batch, PolicyOut
-from pipeline.model import add_lora, packs, recompute_layers, remove_dropout, unflatten
+from pipeline.model import add_lora, recompute_layers, remove_dropout, unflatten
 from pipeline.pretrained import load_backbone, load_config, precision
-from pipeline.trunk import token_states
+from pipeline.trunk import choose_layout, token_states
 
 HEAD = "value_head.safetensors"
 CRITIC = "critic"
@@ -36,14 +36,14 @@ class Critic(nn.Module):
         self.trunk = trunk
         if trunk is not None:
             remove_dropout(trunk)
-            self.shared_prompt = packs(trunk)
+            self.layout = choose_layout(trunk)
         self.head = nn.Linear(width, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, batch: Batch, out: PolicyOut) -> Tensor:
         if self.trunk is not None:
-            states = token_states(self.trunk, batch, self.shared_prompt)
+            states = token_states(self.trunk, batch, self.layout)
         else:
             assert out.states is not None, "the policy keeps its states for a value head"
             states = out.states

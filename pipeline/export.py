@@ -70,21 +70,21 @@ RUN_FILE = "run.json"
 EXPORT = "export"
 
 
-def weights_of(path: str, cache: Path) -> str:
+def weights_of(path: str, cache: Path, key: str = "checkpoint_from") -> str:
     """A folder or hub name that transformers loads, for anything that holds weights.
 
     `path`: a hub name or model folder, a run's folder (its export, or else its newest checkpoint), or one of a run's
-    checkpoints `…/step-00000020`. Checkpoints are exported once, beside the run's own export. Raises ConfigError.
+    checkpoints `…/step-00000020`. Checkpoints are exported once, beside the run's own export. Raises ConfigError about `key`.
     """
     folder = Path(path).expanduser().absolute()
     if (folder / RUN_FILE).is_file() and not (folder / EXPORT).is_dir():
         newest = checkpoint.latest(folder)
         if newest is None:
-            raise ConfigError(f"checkpoint_from: {folder} has neither an export nor a checkpoint yet; train it first")
+            raise ConfigError(f"{key}: {folder} has neither an export nor a checkpoint yet; train it first")
         folder = newest
     run = folder.parent.parent
     if not (folder / checkpoint.STATE).is_file() or not (run / RUN_FILE).is_file():
-        return locate(path, cache, "checkpoint_from")
+        return locate(path, cache, key)
     target = run / "exports" / folder.name
     if not target.is_dir():
         made_by = json.loads((run / RUN_FILE).read_text())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,19 +126,20 @@ class Job:
         return cls(validate(plain["config"]), *paths, plain["model"], plain["frozen"])
 
 
-def train_worker(plain: dict[str, Any]) -> None:
+def train_worker(plain: dict[str, Any], stop: Callable[[], bool] | None = None) -> None:
     """Train to the end from the newest checkpoint (or from the start). Runs on every rank.
 
+    `stop` is asked on rank 0 after each step: where it says so, all ranks return there, with no checkpoint of that step.
     Raises `Diverged` on a non-finite loss and `checkpoint.Superseded` when a newer attempt has taken over the run.
     """
     job = Job.parse(plain)
     with process_group(job.config) as device, ExitStack() as stack:
         if dist.get_rank() == 0:
             stack.enter_context(log_to(job.run / LOG_FILE))
-        _train(job, device)
+        _train(job, device, stop)
 
 
-def _train(job: Job, device: torch.device) -> None:
+def _train(job: Job, device: torch.device, stop: Callable[[], bool] | None) -> None:
     config, rank = job.config, dist.get_rank()
     rows = Rows(job.rows, job.reference)
     split = rows.split(config.data, config.seed)
@@ -155,6 +156,8 @@ def _train(job: Job, device: torch.device) -> None:
                 log.append(step + 1, metrics)
             if (step + 1) % config.checkpoint.every == 0 or step + 1 == plan.total_steps:
                 saver.save(learner, step + 1, metrics)
+            if stop is not None and agree(rank == 0 and stop()):
+                break
     finally:
         learner.close()
         if log is not None:
@@ -169,7 +172,7 @@ def _step(
     # Random state is a function of where we are: a checkpoint has none to save.
     torch.manual_seed(hash((config.seed, step, dist.get_rank())) % 2**63)
     chosen = split.train[plan.positions(step)]
-    batches = _my_batches(chosen, rows, config, learner.device, watch.carried)
+    batches = _my_batches(chosen, rows, config, learner, watch.carried)
     try:
         metrics = train_step(learner, config.objective, batches, step, plan.total_steps)
     except Diverged as error:
@@ -182,7 +185,7 @@ def _step(
     }
     if len(split.eval) and plan.evaluates_after(step):
         sums = Sums()
-        held = _my_batches(split.eval, rows, config, learner.device, watch.carried)
+        held = _my_batches(split.eval, rows, config, learner, watch.carried)
         with learner.evaluating():
             held_out.add_batches(sums, learner.evaluate, config.objective, held)
         metrics |= held_out.means(sums)
@@ -190,11 +193,12 @@ def _step(
 
 
 def _my_batches(
-    chosen: np.ndarray, rows: Rows, config: RunConfig, device: torch.device, carried: Mapping[str, float]
+    chosen: np.ndarray, rows: Rows, config: RunConfig, learner: Learner, carried: Mapping[str, float]
 ) -> list[Batch]:
     """This rank's micro-batches of the chosen rows."""
-    dealt = micro_batches(chosen, rows.lengths, dist.get_world_size(), config.train.tokens_per_micro_batch)
-    return [replace(collate(rows.take(micro)), carried=carried).to(device) for micro in dealt[dist.get_rank()]]
+    budget = config.train.tokens_per_micro_batch
+    dealt = micro_batches(chosen, rows.lengths, dist.get_world_size(), budget, learner.padded)
+    return [replace(collate(rows.take(micro)), carried=carried).to(learner.device) for micro in dealt[dist.get_rank()]]
 
 
 # ------------------------------------------------------------------------------------------------- parts

@@ -70,7 +70,7 @@ def _likelihood_metrics(out: PolicyOut, batch: Batch) -> dict[str, Mean]:
 def _preference_metrics(reward: Tensor, batch: Batch) -> dict[str, Mean]:
     """Of implicit rewards [B, K]: those of the best and the worst response, and how many pairs they order rightly."""
     best, worst = _ends(batch.valid)
-    ordered = _ordered_pairs(batch)  # [B, K, K]
+    ordered = ordered_pairs(batch)  # [B, K, K]
     # The best and the worst are ordered unless all returns are alike.
     groups = batch.weight * ordered.flatten(1).any(-1)
     chosen, rejected = ((reward.masked_fill(~end, 0.0)).sum(-1) for end in (best, worst))
@@ -91,7 +91,7 @@ def _ends(valid: Tensor) -> tuple[Tensor, Tensor]:
     return valid & (count == 1), valid & (count == count[:, -1:])
 
 
-def _ordered_pairs(batch: Batch) -> Tensor:
+def ordered_pairs(batch: Batch) -> Tensor:
     """True at (i, j) where the data hold response i to be better than j. [B, K, K]"""
     k = batch.valid.shape[1]
     pairs = torch.ones(k, k, dtype=torch.bool, device=batch.valid.device).triu(1)

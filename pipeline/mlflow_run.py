@@ -45,6 +45,8 @@ class MlflowTracker(Tracker):
         experiment: its name; created when missing.
         run: the job's folder, holds `tracking.json`.
         tags: set when the run is created or continued.
+        name: of the run; default: the folder's.
+        parent: the tracker whose run this one is nested in.
         interval, retry: see `Backlog`.
     """
 
@@ -54,10 +56,13 @@ class MlflowTracker(Tracker):
         experiment: str,
         run: Path,
         tags: Mapping[str, str],
+        name: str | None = None,
+        parent: MlflowTracker | None = None,
         interval: float = 1.0,
         retry: float = 15.0,
     ) -> None:
         self._uri, self._experiment, self._run = uri, experiment, run
+        self._name, self._parent = name or run.name, parent
         self._state = self._read_state()
         self._steps: list[tuple[int, list[Metric]]] = []
         self._backlog = Backlog(f"MLflow ({uri})", self._open, _is_final, interval, retry)
@@ -122,6 +127,13 @@ class MlflowTracker(Tracker):
             name = f"registered model {register_as}"
             self._backlog.add(name, lambda client: _register(client, self._state["run_id"], register_as))
 
+    def open(self) -> str:
+        """Id of the run, which is created now if need be. Raises ConnectionError while MLflow cannot be reached."""
+        self._backlog.flush()
+        if not self._state["run_id"]:
+            raise ConnectionError("the parent run could not be created yet")
+        return self._state["run_id"]
+
     def finish(self, status: Status) -> None:
         self._backlog.add(f"status {status}", lambda client: client.set_terminated(self._state["run_id"], status))
         self._backlog.close()
@@ -154,7 +166,10 @@ class MlflowTracker(Tracker):
         else:
             # The token is on disk before the run exists: a driver that dies in between finds the run by it.
             self._write_state()
-            run_id = _create(client, self._uri, self._experiment, self._run.name, self._state["token"])
+            tags = {"qalign.token": self._state["token"]}
+            if self._parent is not None:
+                tags["mlflow.parentRunId"] = self._parent.open()
+            run_id = _create(client, self._uri, self._experiment, self._name, tags)
             self._write_state(run_id=run_id)
         return client
 
@@ -199,15 +214,15 @@ def _is_there(client: MlflowClient, run_id: str) -> bool:
         return False
 
 
-def _create(client: MlflowClient, uri: str, experiment: str, name: str, token: str) -> str:
-    """Id of the run with this token; the experiment's artifacts lie beside a sqlite file, not in the current folder."""
+def _create(client: MlflowClient, uri: str, experiment: str, name: str, tags: dict[str, str]) -> str:
+    """Id of the run with the token in `tags`; the experiment's artifacts lie beside a sqlite file, not in the current folder."""
     found = client.get_experiment_by_name(experiment)
     database = _sqlite_file(uri)
     place = (database.parent / "mlartifacts" / _key(experiment)).as_uri() if database else None
     experiment_id = found.experiment_id if found else client.create_experiment(experiment, artifact_location=place)
-    for run in client.search_runs([experiment_id], f"tags.`qalign.token` = '{token}'", max_results=1):
+    for run in client.search_runs([experiment_id], f"tags.`qalign.token` = '{tags['qalign.token']}'", max_results=1):
         return run.info.run_id
-    return client.create_run(experiment_id, run_name=name, tags={"qalign.token": token}).info.run_id
+    return client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
 
 
 def _log_params(client: MlflowClient, run_id: str, params: Mapping[str, str]) -> None:

@@ -9,7 +9,6 @@ Left out: where weights come from (`pretrained`), how they are trained (`engine`
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +21,7 @@ from pipeline.config import ConfigError, LoraSection, ModelConfig
 from pipeline.contracts import Batch, Needs, PolicyOut
 from pipeline.ops import token_statistics
 from pipeline.pretrained import load_causal_lm, precision
-from pipeline.trunk import probe_batch, token_states, why_separate
-
-logger = logging.getLogger(__name__)
+from pipeline.trunk import PROBE, choose_layout, probe_batch, token_states
 
 
 class Policy(nn.Module):
@@ -50,21 +47,23 @@ class Policy(nn.Module):
         super().__init__()
         remove_dropout(lm)
         _check_head(lm)
-        self.shared_prompt = packs(lm)
+        self.layout = choose_layout(lm)
         self.lm = lm
         self.kl: Literal["none", "forward", "reverse"] = kl
         self.keep_states = keep_states
         self._adapter: Any = None
         if lora is not None:
             object.__setattr__(self, "_adapter", add_lora(lm, lora))  # not a submodule: parameters keep one name
+        self._reference_layout = self.layout
         if frozen is not None:
             remove_dropout(frozen)
+            self._reference_layout = choose_layout(frozen)
         object.__setattr__(self, "_frozen", frozen)
         assert kl == "none" or frozen is not None or lora is not None, "a KL needs a reference"
 
     def forward(self, batch: Batch) -> PolicyOut:
         """Log-probs at every trained response token, and the KL to the reference there where asked for, [B, K, R] float32."""
-        states = token_states(self.lm, batch, self.shared_prompt)  # [N, D]
+        states = token_states(self.lm, batch, self.layout)  # [N, D]
         ids = batch.response_ids[batch.response_mask]  # [N]
         vocabulary = self.lm.config.get_text_config().vocab_size
         reference = None if self.kl == "none" else (self._reference_states(batch), self._reference_logits)
@@ -82,7 +81,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def _reference_states(self, batch: Batch) -> Tensor:
         with self._reference_weights() as lm:
-            return token_states(lm, batch, self.shared_prompt)
+            return token_states(lm, batch, self._reference_layout)
 
     @torch.no_grad()
     def _reference_logits(self, states: Tensor) -> Tensor:
@@ -159,21 +158,13 @@ def _logits(lm: nn.Module, hidden: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------- checks
 
 
-def packs(lm: nn.Module) -> bool:
-    """Whether this model takes packed rows; if not, says why in the log."""
-    reason = why_separate(lm)
-    if reason is not None:
-        logger.warning("%s: each response is computed with its own copy of the prompt (%s)", type(lm).__name__, reason)
-    return reason is None
-
-
 @torch.no_grad()
 def _check_head(lm: nn.Module) -> None:
     """Raises ConfigError where `_logits` is not what the model does: some transform logits behind their head."""
-    batch, was_training = probe_batch(lm), lm.training
+    batch, was_training = probe_batch(lm, PROBE[:1]), lm.training
     lm.eval()
     try:
-        ours = _logits(lm, token_states(lm, batch, shared_prompt=False)).float().log_softmax(-1)
+        ours = _logits(lm, token_states(lm, batch, "separate")).float().log_softmax(-1)
         prompt = batch.input_ids[0, : int(batch.predictor[0, 0, 0]) + 1]
         rows = torch.stack([torch.cat([prompt, ids[:1]]) for ids in batch.response_ids[0]])
         own = lm(input_ids=rows).logits[:, -2:].flatten(0, 1).float().log_softmax(-1)

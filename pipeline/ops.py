@@ -16,8 +16,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-LOGIT_CHUNK_BYTES = 64 * 2**20
+LOGIT_CHUNK_BYTES = 128 * 2**20
 """Size of one chunk's float32 logits. Small enough to stay in memory next to any model, large enough for full GEMM speed."""
+
+KEPT_BYTES = 128 * 2**20
+"""Of the first chunks so many bytes stay for the backward pass; later ones are projected a second time there."""
 
 
 Projection = Callable[[Tensor], Tensor]
@@ -40,8 +43,8 @@ def token_statistics(
     """Log-probability of each token, and the KL of the whole next-token distributions, without ever holding all logits.
 
     hidden [N, D], ids [N], reference = (hidden states [N, D′], its output head) → (log-probs [N], KL [N] or None), float32,
-    nats. forward = KL(π_ref ‖ π), reverse = KL(π ‖ π_ref). Logits exist for one chunk at a time and are recomputed in the
-    backward pass; no gradient reaches the reference. They are float32 inside the chunk whatever `hidden`'s type, because
+    nats. forward = KL(π_ref ‖ π), reverse = KL(π ‖ π_ref). Logits exist for one chunk at a time; beyond `KEPT_BYTES` they are
+    recomputed in the backward pass. No gradient reaches the reference. Logits are float32 inside the chunk whatever `hidden`'s type, because
     a bfloat16 logsumexp over a large vocabulary is off by several percent.
     """
     assert hidden.dim() == 2 and ids.shape == hidden.shape[:1]
@@ -57,11 +60,13 @@ def token_statistics(
 
 def _in_chunks(function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], width: int) -> list[Tensor]:
     """function over the first dimension of `inputs`, as many rows at a time as `width` floats each leave room for."""
-    rows = max(1, LOGIT_CHUNK_BYTES // (4 * width))
-    recompute = torch.is_grad_enabled() and inputs[0].requires_grad
+    chunks = -(-len(inputs[0]) * 4 * width // LOGIT_CHUNK_BYTES)
+    rows = max(1, -(-len(inputs[0]) // max(1, chunks)))
+    learns = torch.is_grad_enabled() and inputs[0].requires_grad
     # An empty batch still goes through once: every rank has to reach the head for collectives to match.
     parts = []
-    for chunk in zip(*(x.split(rows) for x in inputs), strict=True):
+    for i, chunk in enumerate(zip(*(x.split(rows) for x in inputs), strict=True)):
+        recompute = learns and (i * rows + len(chunk[0])) * 4 * width > KEPT_BYTES
         parts.append(checkpoint(function, *chunk, use_reentrant=False) if recompute else function(*chunk))
     return [torch.cat(part) for part in zip(*parts, strict=True)]
 
@@ -73,21 +78,22 @@ def _logprobs(project: Projection, hidden: Tensor, ids: Tensor) -> tuple[Tensor]
 class _Selected(torch.autograd.Function):
     """log softmax(logits)[ids], [n, V], [n] → [n].
 
-    The gradient is g · (one-hot − π): two passes over the chunk, where autograd would make five and a dense gradient of the
-    gather.
+    Keeps the probabilities π: the gradient, g · (one-hot − π), is then one pass over the chunk, in place. The largest
+    probability is e^{max − logsumexp}, which saves a pass for the logsumexp.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
-        logp = logits.log_softmax(-1)
-        ctx.save_for_backward(logp, ids)
-        return logp.gather(-1, ids[:, None]).squeeze(-1)
+        probs = logits.softmax(-1)
+        ctx.save_for_backward(probs, ids)
+        total = logits.amax(-1) - probs.amax(-1).log()
+        return logits.gather(-1, ids[:, None]).squeeze(-1) - total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        logp, ids = ctx.saved_tensors
+        probs, ids = ctx.saved_tensors
         column = grad[:, None]
-        return logp.exp().mul_(-column).scatter_add_(-1, ids[:, None], column), None
+        return probs.mul_(-column).scatter_add_(-1, ids[:, None], column), None
 
 
 def _logprobs_and_kl(

@@ -9,6 +9,7 @@ another number of workers trains on the same steps.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,33 +43,50 @@ def steps_per_epoch(rows: int, rows_per_step: int) -> int:
     return -(-rows // rows_per_step)
 
 
-def micro_batches(step: Sequence[int], lengths: np.ndarray, workers: int, budget: int) -> list[list[MicroBatch]]:
+def micro_batches(
+    step: Sequence[int], lengths: np.ndarray, workers: int, budget: int, padded: bool = True
+) -> list[list[MicroBatch]]:
     """Deal a step's rows out: [workers][n] micro-batches, the same n for every worker.
 
-    Rows are sorted by length and cut into contiguous bins whose padded cost (longest × rows) is as even as possible and at
-    most `budget` tokens; a row longer than the budget gets a bin of its own. Neighbouring bins go to different workers, so
-    that ranks wait little for each other.
+    A micro-batch costs its tokens, or where rows are `padded`, as many of the longest; that cost is as even as possible, so
+    that ranks wait little for each other, and at most `budget`. A row longer than the budget gets a micro-batch of its own.
     """
     rows = sorted((int(i) for i in step), key=lambda i: (-lengths[i], i))
+    cost, cut = (_padded_cost, _like_bins) if padded else (_cost, _level_bins)
     rounds = 1
     while True:
-        bins = _even_bins(rows, lengths, workers * rounds, budget)
-        if all(len(b) == 1 or lengths[b[0]] * len(b) <= budget for b in bins):
+        bins = cut(rows, lengths, workers * rounds, budget)
+        if all(len(b) == 1 or cost(b, lengths) <= budget for b in bins):
             break
         rounds += 1
-    shortest = (rows[-1],)
-    dealt = [MicroBatch(tuple(b)) for b in bins]
-    dealt += [MicroBatch(shortest, filler=True)] * (workers * rounds - len(dealt))
+    dealt = [MicroBatch(tuple(b)) for b in sorted(bins, key=lambda b: -cost(b, lengths))]
+    dealt += [MicroBatch((rows[-1],), filler=True)] * (workers * rounds - len(dealt))
     return [dealt[rank::workers] for rank in range(workers)]
 
 
-def _even_bins(rows: list[int], lengths: np.ndarray, count: int, budget: int) -> list[list[int]]:
-    """Cut rows (longest first) into at most `count` bins, the dearest bin as cheap as possible."""
+def _cost(rows: Sequence[int], lengths: np.ndarray) -> int:
+    return int(lengths[list(rows)].sum())
+
+
+def _padded_cost(rows: Sequence[int], lengths: np.ndarray) -> int:
+    return int(lengths[list(rows)].max()) * len(rows)
+
+
+def _level_bins(rows: list[int], lengths: np.ndarray, count: int, budget: int) -> list[list[int]]:
+    """At most `count` bins of nearly the same tokens: each row, longest first, goes to the lightest."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, i) for i in range(count)]
+    for row in rows:
+        load, i = heapq.heappop(heap)
+        bins[i].append(row)
+        heapq.heappush(heap, (load + int(lengths[row]), i))
+    return [b for b in bins if b]
+
+
+def _like_bins(rows: list[int], lengths: np.ndarray, count: int, budget: int) -> list[list[int]]:
+    """Cut rows (longest first) into at most `count` bins of like lengths, the dearest bin as cheap as possible."""
     longest = int(lengths[rows[0]])
-    low, high = (
-        min(longest, budget),
-        longest * len(rows),
-    )  # cheaper than the longest row, or than allowed, gains nothing
+    low, high = min(longest, budget), longest * len(rows)  # cheaper than the longest row, or than allowed, gains nothing
     while low < high:  # bisection on the cost of a bin
         middle = (low + high) // 2
         if len(_greedy_bins(rows, lengths, middle)) <= count:

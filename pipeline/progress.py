@@ -75,7 +75,7 @@ class Monitor:
     def __init__(
         self, run: Path, total_steps: int, on_step: Callable[[int, dict[str, float]], None], last_step: int = 0
     ) -> None:
-        self._metrics, self._log = _Follower(run / METRICS_FILE), _Follower(run / LOG_FILE, from_end=True)
+        self._metrics, self._log = Follower(run / METRICS_FILE), Follower(run / LOG_FILE, from_end=True)
         self._on_step, self._last = on_step, last_step
         self._bar = _Bar(total_steps)
         self._stop = threading.Event()
@@ -108,7 +108,7 @@ class Monitor:
             self._bar.show(step, metrics)
 
 
-class _Follower:
+class Follower:
     """New complete lines of a file that others append to; a file that shrank was rewritten by a resumed worker."""
 
     def __init__(self, path: Path, from_end: bool = False) -> None:

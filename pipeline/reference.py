@@ -48,7 +48,7 @@ class ScoreRows:
     def _score(self, positions: list[int]) -> pa.Table:
         ids: list[int] = []
         logprobs: list[list[list[float]]] = []
-        for micro in micro_batches(positions, self.rows.lengths, 1, self.budget)[0]:
+        for micro in micro_batches(positions, self.rows.lengths, 1, self.budget, self.policy.layout != "flat")[0]:
             rows = self.rows.take(micro)
             out = self.policy(collate(rows).to(self.device)).logprobs.cpu()
             for row, found in zip(rows, out, strict=True):

@@ -10,9 +10,9 @@ from torch import nn
 
 from pipeline.config import ConfigError, ModelConfig
 from pipeline.contracts import Batch, PolicyOut
-from pipeline.model import add_lora, packs, recompute_layers, remove_dropout, unflatten
+from pipeline.model import add_lora, recompute_layers, remove_dropout, unflatten
 from pipeline.pretrained import classifies, load_config, load_scorer, precision
-from pipeline.trunk import final_states
+from pipeline.trunk import choose_layout, final_states
 
 
 class RewardNetwork(nn.Module):
@@ -25,7 +25,7 @@ class RewardNetwork(nn.Module):
     def __init__(self, lm: nn.Module, config: ModelConfig) -> None:
         super().__init__()
         remove_dropout(lm)
-        self.shared_prompt = packs(lm)
+        self.layout = choose_layout(lm)
         self.lm = lm
         object.__setattr__(self, "_adapter", None)
         if config.lora is not None:
@@ -35,7 +35,7 @@ class RewardNetwork(nn.Module):
             recompute_layers(lm)
 
     def forward(self, batch: Batch) -> PolicyOut:
-        states = final_states(self.lm, batch, self.shared_prompt)  # [M, D]
+        states = final_states(self.lm, batch, self.layout)  # [M, D]
         scores = unflatten(self.lm.score(states).squeeze(-1).float(), batch.valid)
         none = torch.zeros(batch.response_mask.shape, device=scores.device)
         return PolicyOut(logprobs=none, scores=scores)

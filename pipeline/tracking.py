@@ -58,9 +58,12 @@ class Tracker:
         """Send what is left, and end the run. Says what could not be sent."""
 
 
-def start(config: RunConfig, run: Path, identity: str) -> Tracker:
+def start(
+    config: RunConfig, run: Path, identity: str, name: str | None = None, parent: Tracker | None = None
+) -> Tracker:
     """The tracker of the job in the folder `run`: continues its MLflow run, or begins one at the first entry.
 
+    A new run gets `name` (default: the folder's) and is nested in the run of `parent`.
     Raises ConfigError when the tracking URI is none that MLflow understands.
     """
     if not config.tracking.enabled:
@@ -68,7 +71,8 @@ def start(config: RunConfig, run: Path, identity: str) -> Tracker:
     from pipeline.mlflow_run import MlflowTracker
 
     tags = {"qalign.identity": identity, "qalign.folder": str(run.resolve()), **_versions(), **_commit()}
-    return MlflowTracker(tracking_uri(config), config.tracking.experiment, run, tags)
+    assert parent is None or isinstance(parent, MlflowTracker)
+    return MlflowTracker(tracking_uri(config), config.tracking.experiment, run, tags, name, parent)
 
 
 def tracking_uri(config: RunConfig) -> str:

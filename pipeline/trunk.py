@@ -1,132 +1,183 @@
-"""Hidden states of packed rows: one pass for all responses of a prompt, or one row per response where that cannot be.
+"""Hidden states of packed rows: one pass for all responses of a prompt, in the cheapest layout that a model takes.
 
 A packed row is `[prompt | response 1 | … | response K]` under a block mask, with positions that restart at the prompt's
 end. Policy, critic and reward model read their states here; each has a head of its own.
+
+    flat      all rows behind each other, no padding: FlexAttention on a GPU, `attention` on a CPU
+    rows      rows padded to the longest, under a dense mask: what any model takes that takes a mask
+    separate  each response as a row with its own copy of the prompt: for models that know causal order only
 
 Left out: what becomes of a state (`model`, `critic`, `reward`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from pipeline import attention
 from pipeline.collate import collate, group_mask
 from pipeline.contracts import Batch, Row
 
+Layout = Literal["flat", "rows", "separate"]
+logger = logging.getLogger(__name__)
 
-def token_states(lm: nn.Module, batch: Batch, shared_prompt: bool) -> Tensor:
+
+def token_states(lm: nn.Module, batch: Batch, layout: Layout) -> Tensor:
     """The states that predict the trained tokens, in the order of `batch.response_mask`'s True places. [N, D]"""
     b, k, r = batch.response_mask.nonzero(as_tuple=True)
-    return _states(lm, batch, b, k, batch.predictor[b, k, r], shared_prompt)
+    return _states(lm, batch, b, k, batch.predictor[b, k, r], layout)
 
 
-def final_states(lm: nn.Module, batch: Batch, shared_prompt: bool) -> Tensor:
+def final_states(lm: nn.Module, batch: Batch, layout: Layout) -> Tensor:
     """The state at the last token of each valid response, in the order of `batch.valid`'s True places. [M, D]"""
     b, k = batch.valid.nonzero(as_tuple=True)
     places = torch.arange(batch.segment.shape[1], device=batch.segment.device)
     last = torch.where(batch.segment[b] == k[:, None] + 1, places, -1).amax(-1)
-    return _states(lm, batch, b, k, last, shared_prompt)
+    return _states(lm, batch, b, k, last, layout)
 
 
-def _states(lm: nn.Module, batch: Batch, b: Tensor, k: Tensor, t: Tensor, shared_prompt: bool) -> Tensor:
+def _states(lm: nn.Module, batch: Batch, b: Tensor, k: Tensor, t: Tensor, layout: Layout) -> Tensor:
     """The state at place t of packed row b, as response k sees it. All indices [N] → [N, D]"""
-    if shared_prompt:
-        out = lm.base_model(
-            input_ids=batch.input_ids,
-            attention_mask=_attention_mask(lm, batch),
-            position_ids=batch.position_ids,
-            use_cache=False,
-        )
-        return out.last_hidden_state[b, t]
+    if layout == "flat":
+        return _flat_states(lm, batch, b, t)
+    if layout == "rows":
+        return _run(lm, batch.input_ids, _masks(lm, _dense, batch), batch.position_ids)[b, t]
     pairs = torch.stack([b, k], dim=-1).unique(dim=0)  # [M, 2]: the rows `[prompt | response k]`
     segment = batch.segment[pairs[:, 0]]
     own = (segment == 0) | (segment == pairs[:, 1:] + 1)  # [M, T]
     rows = [ids[mask] for ids, mask in zip(batch.input_ids[pairs[:, 0]], own, strict=True)]
     input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     live = torch.arange(input_ids.shape[1], device=input_ids.device)[None] < own.sum(-1, keepdim=True)
-    hidden = lm.base_model(input_ids=input_ids, attention_mask=live.long(), use_cache=False).last_hidden_state
+    hidden = _run(lm, input_ids, live.long())
     row_of = torch.full(batch.valid.shape, -1, device=b.device)
     row_of[pairs[:, 0], pairs[:, 1]] = torch.arange(len(pairs), device=b.device)
     row = row_of[b, k]
     return hidden[row, own.cumsum(-1)[row, t] - 1]
 
 
-def _attention_mask(lm: nn.Module, batch: Batch) -> Any:
-    """The group mask as this model takes it: with its attention window, one mask per kind of layer where kinds differ."""
+def _flat_states(lm: nn.Module, batch: Batch, b: Tensor, t: Tensor) -> Tensor:
+    live = batch.segment >= 0
+    form = _blocks if lm.config._attn_implementation == "flex_attention" else _groups
+    hidden = _run(lm, batch.input_ids[live][None], _masks(lm, form, batch), batch.position_ids[live][None])
+    place = live.flatten().cumsum(0).view(live.shape) - 1  # of a row's token among all
+    return hidden[0].index_select(0, place[b, t])
+
+
+def _run(lm: nn.Module, input_ids: Tensor, mask: Any, position_ids: Tensor | None = None) -> Tensor:
+    """The last hidden states [B, T, D]."""
+    at = {} if position_ids is None else {"position_ids": position_ids}
+    return lm.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False, **at).last_hidden_state
+
+
+# --------------------------------------------------------------------------------------------------- masks
+
+
+def _masks(lm: nn.Module, form: Any, batch: Batch) -> Any:
+    """The mask as this model takes it: with its attention window, one mask per kind of layer where kinds differ."""
     config = lm.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or [])
     window = getattr(config, "sliding_window", None)
-    form = {"sdpa": _dense, "eager": _added, "flex_attention": _blocks}[lm.config._attn_implementation]
     if len(kinds) > 1:
         windows = {"full_attention": None, "sliding_attention": window}
-        return {kind: form(batch, windows[kind], lm.dtype) for kind in kinds}
+        return {kind: form(lm, batch, windows[kind]) for kind in kinds}
     sliding = "sliding_attention" in kinds or (not kinds and window is not None)
-    return form(batch, window if sliding else None, lm.dtype)
+    return form(lm, batch, window if sliding else None)
 
 
-def _dense(batch: Batch, window: int | None, dtype: torch.dtype) -> Tensor:
-    """[B, 1, T, T] bool, for SDPA."""
-    full = group_mask(batch.segment)
-    if window is None:
-        return full
-    distance = batch.position_ids[:, :, None] - batch.position_ids[:, None, :]  # [B, T, T]
-    return full & (distance < window)[:, None]
+def _dense(lm: nn.Module, batch: Batch, window: int | None) -> Tensor:
+    """[B, 1, T, T]: bool for SDPA; 0 or the lowest number for eager attention, which adds its mask."""
+    mask = group_mask(batch.segment)
+    if window is not None:
+        distance = batch.position_ids[:, :, None] - batch.position_ids[:, None, :]  # [B, T, T]
+        mask = mask & (distance < window)[:, None]
+    if lm.config._attn_implementation != "eager":
+        return mask
+    return torch.zeros_like(mask, dtype=lm.dtype).masked_fill(~mask, torch.finfo(lm.dtype).min)
 
 
-def _added(batch: Batch, window: int | None, dtype: torch.dtype) -> Tensor:
-    """[B, 1, T, T], 0 or the lowest number: eager attention adds its mask."""
-    mask = _dense(batch, window, dtype)
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+def _groups(lm: nn.Module, batch: Batch, window: int | None) -> Tensor:
+    """The rows' lengths, for `attention`."""
+    return attention.pack([torch.bincount(row[row >= 0]).tolist() for row in batch.segment], window)
 
 
-def _blocks(batch: Batch, window: int | None, dtype: torch.dtype) -> Any:
-    """The same rule for FlexAttention, which skips blocks that nobody looks at: siblings cost nothing."""
+def _blocks(lm: nn.Module, batch: Batch, window: int | None) -> Any:
+    """The same rule for FlexAttention, over all rows behind each other; it skips blocks that nobody looks at."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    segment, position = batch.segment, batch.position_ids
+    live = batch.segment >= 0
+    row, segment, position = live.nonzero()[:, 0], batch.segment[live], batch.position_ids[live]
 
     def visible(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        of, to = segment[b, query], segment[b, key]
-        seen = (query >= key) & (to >= 0) & ((to == 0) | (to == of))
-        if window is not None:
-            seen = seen & (position[b, query] - position[b, key] < window)
-        return seen | (query == key)
+        seen = (query >= key) & (row[query] == row[key]) & ((segment[key] == 0) | (segment[key] == segment[query]))
+        return seen if window is None else seen & (position[query] - position[key] < window)
 
-    rows, width = segment.shape
-    return create_block_mask(visible, rows, None, width, width, device=segment.device)
+    return create_block_mask(visible, 1, None, len(row), len(row), device=row.device)
 
 
-PROBE = Row(0, [5, 11, 7], [[13, 4], [9, 3]])
-"""A tiny group: two responses of two tokens."""
+# -------------------------------------------------------------------------------------------------- choice
+
+PROBE = [Row(0, [5, 11, 7], [[13, 4], [9, 3]]), Row(1, [2], [[8, 6, 12]])]
+"""Two tiny groups of different shape."""
 
 
-def probe_batch(lm: nn.Module) -> Batch:
-    """`PROBE` within this model's vocabulary, on its device."""
+def probe_batch(lm: nn.Module, rows: Sequence[Row] = PROBE) -> Batch:
+    """`rows` within this model's vocabulary, on its device."""
     size = lm.config.get_text_config().vocab_size
-    row = Row(0, [i % size for i in PROBE.prompt_ids], [[i % size for i in r] for r in PROBE.response_ids])
-    return collate([row]).to(lm.device)
+
+    def within(ids: list[int]) -> list[int]:
+        return [i % size for i in ids]
+
+    return collate([Row(r.row_id, within(r.prompt_ids), list(map(within, r.response_ids))) for r in rows]).to(lm.device)
 
 
-@torch.no_grad()
-def why_separate(lm: nn.Module) -> str | None:
-    """None if this model takes packed rows, else the reason why not.
+def choose_layout(lm: nn.Module) -> Layout:
+    """The cheapest layout that changes no state, and `lm` made ready for it. Says in the log why if it is `separate`.
 
-    A tiny group is computed both ways: that costs milliseconds, and catches architectures that ignore masks or
-    positions (recurrent ones). Distances are relative to the states' size.
+    Two tiny groups are computed each way: that costs milliseconds, and catches architectures that ignore masks or positions
+    (recurrent ones).
     """
-    batch, was_training = probe_batch(lm), lm.training
-    lm.eval()
+    with torch.no_grad():
+        batch = probe_batch(lm)
+        was_training = lm.training
+        lm.eval()
+        try:
+            exact = token_states(lm, batch, "separate")
+            reason = None
+            for layout in _candidates(lm):
+                reason = _try(lm, batch, layout, exact)
+                if reason is None:
+                    return layout
+        finally:
+            lm.train(was_training)
+    logger.warning("%s: each response is computed with its own copy of the prompt (%s)", type(lm).__name__, reason)
+    return "separate"
+
+
+def _candidates(lm: nn.Module) -> list[Layout]:
+    asked = lm.config._attn_implementation
+    on_cpu = asked == "sdpa" and not torch.cuda.is_available()
+    return ["flat", "rows"] if on_cpu or asked == "flex_attention" else ["rows"]
+
+
+def _try(lm: nn.Module, batch: Batch, layout: Layout, exact: Tensor) -> str | None:
+    """None where the states are `exact`, relative to their size; else the reason why they are not."""
+    asked = lm.config._attn_implementation
     try:
-        separate = token_states(lm, batch, shared_prompt=False).float()
-        shared = token_states(lm, batch, shared_prompt=True).float()
+        if layout == "flat" and asked == "sdpa":
+            attention.register()
+            lm.set_attn_implementation(attention.GROUPS)
+        states = token_states(lm, batch, layout)
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
-        return f"it does not accept a block mask: {' '.join(str(error).split())[:200]}"
-    finally:
-        lm.train(was_training)
-    gap = float((separate - shared).abs().max() / separate.abs().max().clamp(min=1e-6))
-    if gap > (1e-3 if lm.dtype == torch.float32 else 0.05):
-        return f"its hidden states change by {gap:.2g} of their size under a block mask"
-    return None
+        reason = f"it does not accept a block mask: {' '.join(str(error).split())[:200]}"
+    else:
+        gap = float((exact.float() - states.float()).abs().max() / exact.abs().max().float().clamp(min=1e-6))
+        if gap <= (1e-3 if lm.dtype == torch.float32 else 0.05):
+            return None
+        reason = f"its hidden states change by {gap:.2g} of their size under a block mask"
+    lm.set_attn_implementation(asked)
+    return reason

@@ -1,10 +1,10 @@
-"""Writes requirements/{base,demo,dev}.lock: exact pins of what this environment has of what pyproject.toml asks for.
+"""Writes requirements/base.lock and one file per extra: exact pins of what this environment has of what pyproject.toml asks for.
 
     pip install -U SOMETHING && make lock
 
 Walks the installed metadata from pyproject's requirements, so that what nobody asks for stays out. torch itself is
 left out (its own step in the Makefile: the user picks a CPU or a CUDA build), as are the dependencies of the two packages
-that are taken for their files alone. demo and dev list only what base lacks.
+that are taken for their files alone. Extras list only what base lacks.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def closure(requirements: list[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Write the three files."""
+    """Write the files."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     base = closure([*project["dependencies"], *build])
-    for name, pins in [("base", base), ("demo", closure(extras["demo"])), ("dev", closure(extras["dev"]))]:
+    for name, pins in {"base": base, **{extra: closure(needs) for extra, needs in extras.items()}}.items():
         kept = {k: v for k, v in pins.items() if k != "torch" and (name == "base" or k not in base)}
         lines = [f"{package}=={version}" for package, version in sorted(kept.items())]
         header = "# Written by `make lock`; installed with --no-deps."

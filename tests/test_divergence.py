@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from pipeline.config import SamplingConfig
 from pipeline.evaluation import divergence
-from pipeline.evaluation.divergence import mean_se, sequence_kl
+from pipeline.evaluation.divergence import Passes, samples_its_own_distribution, sequence_kl
 
 PROMPTS = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10, 11], [12]]
 COMPLETIONS = [[3, 4], [5, 6, 7, 8, 9, 10, 11], [8], [9, 9, 9], []]
@@ -94,7 +97,7 @@ def test_expectation_over_all_responses_is_the_sequence_kl():
     assert sequence > 0.1
     assert (log_pi.exp() * found.exact).sum().item() == pytest.approx(sequence, abs=1e-5)
     assert (log_pi.exp() * found.sampled).sum().item() == pytest.approx(sequence, abs=1e-5)
-    spread = [(log_pi.exp() * (x - sequence) ** 2).sum().item() for x in found]
+    spread = [(log_pi.exp() * (x - sequence) ** 2).sum().item() for x in (found.exact, found.sampled)]
     assert spread[0] < spread[1] / 2
 
 
@@ -143,10 +146,49 @@ def test_different_vocabularies_are_refused():
         sequence_kl(tiny("llama", 0), tiny("llama", 0, vocabulary=41), PROMPTS, COMPLETIONS, 1000)
 
 
-def test_mean_and_standard_error_by_hand():
-    """Values 1, 2, 6: mean 3, variance (4 + 1 + 9)/2 = 7, standard error √(7/3)."""
-    assert mean_se([1, 2, 6]) == (pytest.approx(3), pytest.approx(math.sqrt(7 / 3)))
-    mean, error = mean_se([5.0])
-    assert mean == 5
-    assert math.isnan(error)
-    assert all(math.isnan(x) for x in mean_se([]))
+def test_entropy_along_the_completion_equals_one_full_forward():
+    policy, reference = tiny("llama", 0), tiny("llama", 1)
+    found = sequence_kl(policy, reference, PROMPTS, COMPLETIONS, 40)
+    for i, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+        log_pi = full_logprobs(policy, prompt, completion)
+        assert found.entropy[i].item() == pytest.approx(-(log_pi.exp() * log_pi).sum().item(), abs=1e-4)
+    assert found.entropy[:4].min() > 0.5
+
+
+def test_the_other_direction_is_the_models_swapped():
+    """KL(π_ref ‖ π) = Σ_y π_ref(y) estimate(y), over all 9 responses of 2 tokens over 3 words; the directions differ."""
+    policy, reference = tiny("llama", 0, vocabulary=3), tiny("llama", 1, vocabulary=3)
+    responses = [list(y) for y in itertools.product(range(3), repeat=2)]
+    forward = sequence_kl(policy, reference, [[0]] * 9, responses, 1000)
+    reverse = sequence_kl(reference, policy, [[0]] * 9, responses, 1000)
+    log_pi, log_ref = (
+        torch.stack([full_logprobs(m, [0], y).gather(-1, torch.tensor(y)[:, None]).sum() for y in responses])
+        for m in (policy, reference)
+    )
+    expected = (log_ref.exp() * (log_ref - log_pi)).sum().item()
+    assert (log_ref.exp() * reverse.exact).sum().item() == pytest.approx(expected, abs=1e-5)
+    torch.testing.assert_close(reverse.sampled, -forward.sampled, atol=1e-5, rtol=0)
+    assert abs((log_pi.exp() * forward.exact).sum().item() - expected) > 0.005
+
+
+def test_numbers_are_averaged_by_prompt_and_by_token():
+    """Two prompts × two completions: per completion ((1 + 3)/2 + (2 + 6)/2)/2, per token 12 / (1 + 3 + 2 + 2)."""
+    exact, tokens = np.array([[1.0, 3.0], [2.0, 6.0]]), np.array([[1.0, 3.0], [2.0, 2.0]])
+    passes = Passes(exact, exact, exact, tokens)
+    assert passes.per_completion("exact").value == pytest.approx(3.0)
+    assert passes.per_completion("exact").standard_error == pytest.approx(1.0)
+    assert passes.per_token("exact").value == pytest.approx(12 / 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "plain"),
+    [
+        ({}, True),
+        ({"temperature": 0.7}, False),
+        ({"top_k": 5}, False),
+        ({"top_p": 0.9}, False),
+        ({"min_new_tokens": 1}, False),
+    ],
+)
+def test_samples_of_another_distribution_are_no_samples_of_the_model(change, plain):
+    assert samples_its_own_distribution(SimpleNamespace(sampling=SamplingConfig(**change))) == plain

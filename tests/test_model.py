@@ -57,7 +57,7 @@ def separately(lm: torch.nn.Module, row: Row, k: int) -> torch.Tensor:
 def test_packed_forward_equals_separate_forwards(name: str, attention: str) -> None:
     lm = build(name, attention=attention)
     policy = Policy(lm)
-    assert policy.shared_prompt
+    assert policy.layout == ("flat" if attention == "sdpa" else "rows")
     logprobs = policy(collate(ROWS)).logprobs
     for b, row in enumerate(ROWS):
         for k, response in enumerate(row.response_ids):
@@ -71,7 +71,7 @@ def test_flex_attention_equals_sdpa(name: str) -> None:
     torch.compiler.set_stance("force_eager")
     try:
         policy = Policy(build(name, attention="flex_attention"))
-        assert policy.shared_prompt
+        assert policy.layout == "flat"
         with torch.no_grad():
             flex, sdpa = (p(collate(ROWS)).logprobs for p in (policy, Policy(build(name))))
     finally:
@@ -125,7 +125,7 @@ def test_a_model_that_ignores_masks_falls_back_to_separate_rows(caplog: pytest.L
 
     lm.model.forward = deaf
     policy = Policy(lm)
-    assert not policy.shared_prompt
+    assert policy.layout == "separate"
     assert "block mask" in caplog.text
     logprobs = policy(collate(ROWS)).logprobs
     for b, row in enumerate(ROWS):

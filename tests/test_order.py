@@ -37,15 +37,18 @@ def test_rows_of_a_step_have_similar_lengths_but_steps_are_mixed() -> None:
     assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.2
 
 
-@given(lengths, st.integers(1, 5), st.integers(16, 400))
-def test_a_step_is_dealt_out_without_loss_and_within_the_budget(lengths: np.ndarray, workers: int, budget: int) -> None:
-    dealt = micro_batches(range(len(lengths)), lengths, workers, budget)
+@given(lengths, st.integers(1, 5), st.integers(16, 400), st.booleans())
+def test_a_step_is_dealt_out_without_loss_and_within_the_budget(
+    lengths: np.ndarray, workers: int, budget: int, padded: bool
+) -> None:
+    dealt = micro_batches(range(len(lengths)), lengths, workers, budget, padded)
     assert len(dealt) == workers
     assert len({len(mine) for mine in dealt}) == 1  # collectives match: every rank does the same number
     real = [m for mine in dealt for m in mine if not m.filler]
     assert sorted(row for m in real for row in m.rows) == list(range(len(lengths)))
     for m in real:
-        assert len(m.rows) == 1 or max(lengths[list(m.rows)]) * len(m.rows) <= budget
+        own = lengths[list(m.rows)]
+        assert len(m.rows) == 1 or (max(own) * len(own) if padded else sum(own)) <= budget
 
 
 def test_ranks_get_equal_cost() -> None:
@@ -54,3 +57,11 @@ def test_ranks_get_equal_cost() -> None:
     cost = [sum(max(lengths[list(m.rows)]) * len(m.rows) for m in mine) for mine in dealt]
     assert max(cost) < 1.1 * min(cost)
     assert sum(cost) < 1.25 * lengths.sum()  # padding
+
+
+def test_ranks_get_equal_tokens_where_nothing_is_padded() -> None:
+    for seed in range(20):
+        lengths = np.random.default_rng(seed).lognormal(5, 0.6, 16).astype(int) + 1
+        dealt = micro_batches(range(16), lengths, 2, 4096, padded=False)
+        tokens = [sum(int(lengths[list(m.rows)].sum()) for m in mine) for mine in dealt]
+        assert max(tokens) < 1.1 * min(tokens)

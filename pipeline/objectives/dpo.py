@@ -31,6 +31,7 @@ class Dpo(Objective):
     """
 
     needs: ClassVar[Needs] = Needs(records=frozenset({"preference"}), reference="token")
+    bradley_terry = True
 
     beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     """Strength of the KL leash; reward = β · log-ratio."""

@@ -41,6 +41,7 @@ class Orpo(Objective):
     """
 
     needs: ClassVar[Needs] = Needs(records=frozenset({"preference"}))
+    bradley_terry = True
 
     odds_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     """λ, coefficient of the odds ratio (TRL: `beta`)."""

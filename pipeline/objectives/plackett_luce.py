@@ -32,6 +32,7 @@ class PlackettLuce(Objective):
     """
 
     needs: ClassVar[Needs] = Needs(records=frozenset({"ranking", "preference"}), reference="token")
+    bradley_terry = True
 
     beta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     """Strength of the KL leash; reward = β · log-ratio."""

@@ -22,6 +22,7 @@ class RewardModel(Objective):
     """
 
     needs: ClassVar[Needs] = Needs(records=frozenset({"preference", "ranking"}), model="reward")
+    bradley_terry = True
 
     center_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Coefficient of the mean square score."""

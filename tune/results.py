@@ -1,0 +1,73 @@
+"""After the last trial: evaluation where asked for, the best model, summary, plots; told to MLflow."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline import checkpoint
+from pipeline.config import ConfigError
+from pipeline.durable import write_json
+from pipeline.export import EXPORT, export
+from pipeline.tracking import Tracker
+from tune.plan import Sweep
+from tune.plots import frontier, metric_by_parameter
+from tune.table import Trial
+
+EVALUATION = "evaluation.json"
+
+
+def evaluate(sweep: Sweep, local: bool) -> None:
+    """`jobs.eval` with samples on each finished trial that has not been evaluated yet; kept in the table."""
+    from jobs.eval import evaluate as measure
+
+    for trial in list(sweep.table.trials.values()):
+        if trial.state != "finished" or trial.evaluation:
+            continue
+        config = sweep.config_of(trial)
+        silent = config.tracking.model_copy(update={"enabled": False})
+        found = measure(config.model_copy(update={"tracking": silent, "checkpoint_from": trial.run}), local, True)
+        numbers = {name: float(value) for name, value in found.items()}
+        write_json(sweep.trial_folder(trial) / EVALUATION, numbers)
+        sweep.table.change(trial.number, evaluation=numbers)
+
+
+def conclude(sweep: Sweep, parent: Tracker) -> tuple[Trial | None, Path | None]:
+    """Summary and plots on disk and in MLflow, the best model exported → (best trial, its export)."""
+    settings, table = sweep.settings, sweep.table
+    ranked = table.ranked(settings.metric, settings.maximise)
+    parent.log_artifact(table.write_summary(settings.metric, settings.maximise))
+    parent.log_dict({"metric": settings.metric, "trials": [asdict(t) for t in ranked]}, "summary.json")
+    for plot in [*metric_by_parameter(sweep, ranked), *frontier(sweep, ranked)]:
+        parent.log_artifact(plot)
+    counts = {f"trials/{s}": sum(t.state == s for t in ranked) for s in ("finished", "stopped", "diverged", "failed")}
+    parent.log_summary(counts)
+    first = table.best(settings.metric, settings.maximise)
+    if first is None:
+        sweep.check_reported(sweep.table.trials.values())
+        return None, None
+    exported = _export(sweep, first)
+    parent.log_summary(
+        {
+            f"best/{settings.metric}": first.metrics[settings.metric],
+            "best.trial": first.name,
+            "best.settings": json.dumps(first.overrides),
+            "best.run": first.run,
+        }
+    )
+    parent.log_model_reference(exported, sweep.config.tracking.copy_model, settings.register_as)
+    return first, exported
+
+
+def _export(sweep: Sweep, trial: Trial) -> Path:
+    """The finished trial as a model that transformers loads, where `jobs.train` would put it."""
+    run, config = Path(trial.run), sweep.config_of(trial)
+    if not (run / EXPORT).is_dir():
+        newest = checkpoint.latest(run)
+        if newest is None:
+            raise ConfigError(
+                f"{run}: the best trial's checkpoints are gone; delete {sweep.folder} to run the sweep again"
+            )
+        export(config, newest, sweep.prepared_for(config).model, run / EXPORT)
+    return run / EXPORT

@@ -1,0 +1,116 @@
+"""`python -m tune.sweep CONFIG`: many runs of one configuration. The same command again continues a killed sweep.
+
+    config.sweep ─spaces─▶ points ─search─▶ trials ─plan─▶ runs ─tuning─▶ warm workers ─record─▶ table, MLflow ─results─▶ best
+
+Each trial is the configuration with overrides, in a run folder of its own, trained by the `train_worker` of `jobs.train`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from pipeline.config import ConfigError, RunConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pipeline.tracking import Tracker
+    from tune.plan import Sweep
+    from tune.record import Recorder
+    from tune.table import Trial
+
+HELP = (
+    "Sweep any keys of a configuration (section `sweep`): grid, random or Optuna; trials that are behind are stopped early "
+    "(scheduler asha). Run it again to continue a killed sweep."
+)
+
+
+def run(config: RunConfig, options: argparse.Namespace) -> None:
+    """Run the sweep to its end and say where everything is. Raises ConfigError."""
+    settings = config.sweep
+    if settings is None:
+        raise ConfigError(
+            "sweep: missing; add a section sweep with a space, e.g. sweep={space: {objective.beta: default}}"
+        )
+    if options.local and settings.scheduler != "fifo":
+        raise ConfigError("sweep.scheduler: --local runs one trial after the other; set it to fifo")
+    from pipeline import tracking
+    from pipeline.checkpoint import Lease
+    from tune import results
+    from tune.live import Screen, print_final
+    from tune.plan import Sweep
+    from tune.record import Recorder
+
+    sweep = Sweep(config, options.local)
+    parent = tracking.start(config, sweep.folder, sweep.identity)
+    known = len(sweep.table.done())
+    if known:
+        print(f"{known} trials are done already; going on in {sweep.folder}", file=sys.stderr)
+    status: tracking.Status = "FAILED"
+    try:
+        parent.log_config(config.dump())
+        with Lease(sweep.folder), Screen(settings.metric, sweep.folder.name) as screen:
+            with Recorder(sweep, parent, screen.show) as recorder:
+                (_in_process if options.local else _on_ray)(sweep, recorder)
+            if settings.evaluate:
+                results.evaluate(sweep, options.local)
+        best, exported = results.conclude(sweep, parent)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        parent.finish(status)
+    print_final(sweep.table.ranked(settings.metric, settings.maximise), settings.metric, config.name)
+    print(_describe(sweep, parent, best, exported))
+
+
+def _describe(sweep: Sweep, parent: Tracker, best: Trial | None, exported: Path | None) -> str:
+    """Where everything is, and what to do next."""
+    lines = [f"sweep              {sweep.folder}"]
+    if parent.location:
+        lines.append(f"mlflow             {parent.location}")
+    if best is None:
+        return "\n".join([*lines, "best               none: no trial finished"])
+    chosen = " ".join(f"{key}={value}" for key, value in best.overrides.items())
+    lines += [f"best               trial {best.name}: {chosen}", f"model              {exported}"]
+    return "\n".join([*lines, f"next               qalign eval CONFIG.yaml checkpoint_from={best.run}"])
+
+
+def _on_ray(sweep: Sweep, recorder: Recorder) -> None:
+    from tune import tuning
+
+    tuning.run(sweep, recorder)
+
+
+def _in_process(sweep: Sweep, recorder: Recorder) -> None:
+    """One trial after the other, in this process."""
+    import json
+
+    from pipeline.checkpoint import Superseded
+    from tune.group import attempt
+    from tune.plan import JOB_FILE
+
+    for trial in sweep.todo():
+        if recorder.problem is not None:
+            return
+        try:
+            recorder.expect(trial)
+        except Superseded:
+            continue  # recorded as failed
+        recorder.started(trial.number)
+        try:
+            outcome = attempt(json.loads((sweep.trial_folder(trial) / JOB_FILE).read_text())["plain"])
+        except Exception as error:
+            recorder.ended(trial.number, "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+        else:
+            recorder.ended(trial.number, outcome.state, outcome.reason)
+
+
+if __name__ == "__main__":
+    from jobs.cli import run_job
+    from tune import sweep as job
+
+    sys.exit(run_job(job))
