@@ -23,9 +23,6 @@ GROUPS = "qalign_groups"
 BUNDLE = 256
 """Short groups go together, up to so many tokens: below that, calls cost more than the scores between groups."""
 
-QUERIES = 192
-"""From so many queries on torch's kernel works in blocks of twice the size, and is nearly twice as fast."""
-
 Group = tuple[int, ...]
 """(tokens of the prompt, of response 1, …, of response K)"""
 
@@ -104,10 +101,10 @@ def plan(groups: tuple[Group, ...], window: int) -> tuple[tuple[Call, ...], ...]
 def _calls(bundle: list[Group], window: int) -> tuple[Call, ...]:
     tokens = sum(map(sum, bundle))
     visible = torch.block_diag(*(_visible(group, window) for group in bundle)).bool()
-    cut = min(bundle[0][0], tokens - QUERIES)  # what is before it is prompt
-    if len(bundle) > 1 or window or cut < QUERIES:
+    prompt = bundle[0][0]
+    if tokens <= BUNDLE or window or tokens == prompt:
         return (Call(0, tokens, visible),)
-    return Call(0, cut, None), Call(cut, tokens, visible[cut:])
+    return Call(0, prompt, None), Call(prompt, tokens, visible[prompt:])
 
 
 def _visible(group: Group, window: int) -> Tensor:
