@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 
 from pipeline.config import ConfigError, RunConfig
 
@@ -14,6 +15,17 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "THP_MEM_ALLOC_ENABLE": "1",  # large tensors on huge pages: a seventh of a training step went into page faults
 }
+
+
+def connect_for_training(config: RunConfig) -> None:
+    """`connect`, and meanwhile import what takes seconds. (Ray's processes die with the thread that starts them: not this.)"""
+    threading.Thread(target=_import, name="imports", daemon=True).start()
+    connect(config)
+
+
+def _import() -> None:
+    import ray.train.torch  # noqa: F401
+    from transformers import AutoTokenizer  # noqa: F401
 
 
 def connect(config: RunConfig) -> None:
@@ -33,6 +45,8 @@ def connect(config: RunConfig) -> None:
             f"scaling.workers: {config.scaling.workers} workers of {config.scaling.cpus_per_worker:g} CPUs do not fit this "
             f"machine's {cpus}; lower scaling.workers or scaling.cpus_per_worker, or submit to a cluster"
         )
+    # Nothing preempts one's own machine: an actor less to start.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # Ray's C++ side warns on our terminal of things that only its own log files are for.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # Workers' prints stay in Ray's log files: what a person should know comes through the run's log (see `progress`).

@@ -92,9 +92,9 @@ def prepare(config: RunConfig, local: bool = False) -> Prepared:
     check(config, local)
     cache = Path(config.storage) / "cache"
     model = locate(config.model.path, cache)
-    check_lengths(config, model)
     if not local:
-        cluster.connect(config)
+        cluster.connect_for_training(config)
+    check_lengths(config, model)
     frozen = locate(config.model.reference, cache, "model.reference") if config.model.reference else model
     if frozen != model:
         _check_vocabularies(config, model, frozen)
@@ -156,8 +156,6 @@ def fit(config: RunConfig, local: bool = False, report: Callable[[Result, Tracke
         return Result(prepared, run, run / EXPORT, last_metrics(run), tracker.location, already_finished=True)
     status = "FAILED"
     try:
-        tracker.log_config(config.dump())
-        _log_data(tracker, prepared.rows)
         _train(config, prepared, run, tracker, local)
         newest = checkpoint.latest(run)
         assert newest is not None
@@ -211,8 +209,10 @@ def last_metrics(run: Path) -> dict[str, float]:
     return newest
 
 
-def _log_data(tracker: Tracker, rows: Path) -> None:
+def _log_data(tracker: Tracker, rows: Path, left_out: int) -> None:
     found = data.summary(rows)
+    if left_out:
+        tracker.log_summary({"data/left_out_by_shares": left_out})
     tracker.log_summary({"data/records": found.records, "data/rows": found.rows, "data/quarantined": found.quarantined})
     if found.quarantined:
         tracker.log_dict({"reasons": found.reasons}, "quarantine.json")
@@ -225,12 +225,17 @@ def _train(config: RunConfig, prepared: Prepared, run: Path, tracker: Tracker, l
     rows = Rows(prepared.rows, prepared.reference)
     split = rows.split(config.data, config.seed)
     if split.left_out:
-        tracker.log_summary({"data/left_out_by_shares": split.left_out})
         logger.warning(
             "data.sources: the shares leave out %d of %d rows", split.left_out, split.left_out + len(split.train)
         )
     plan = Plan(config, rows.lengths[split.train])
-    with checkpoint.Lease(run), Monitor(run, plan.total_steps, tracker.log_metrics, tracker.last_step()):
+
+    def introduce() -> int:  # beside the workers' start: importing MLflow and opening its database takes seconds
+        tracker.log_config(config.dump())
+        _log_data(tracker, prepared.rows, split.left_out)
+        return tracker.last_step()
+
+    with checkpoint.Lease(run), Monitor(run, plan.total_steps, tracker.log_metrics, introduce):
         if local:
             train_worker(job.plain())
         else:

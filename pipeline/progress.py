@@ -62,6 +62,10 @@ def log_to(path: Path) -> Iterator[None]:
         handler.close()
 
 
+PATIENCE = 15.0
+"""Seconds after which the tracker is told of a run that has no step yet."""
+
+
 class Monitor:
     """The driver's side: a thread that follows the run's metrics and log while workers train.
 
@@ -69,15 +73,20 @@ class Monitor:
         run: the run's folder.
         total_steps: length of the bar.
         on_step: called once per new step with (step, metrics); the tracker's `log_metrics`.
-        last_step: steps up to this one were told to `on_step` by an earlier driver.
+        introduce: called once, in the monitor's thread, before the first step is told; returns the last step that an earlier driver told.
     """
 
     def __init__(
-        self, run: Path, total_steps: int, on_step: Callable[[int, dict[str, float]], None], last_step: int = 0
+        self,
+        run: Path,
+        total_steps: int,
+        on_step: Callable[[int, dict[str, float]], None],
+        introduce: Callable[[], int] = int,
     ) -> None:
         self._metrics, self._log = Follower(run / METRICS_FILE), Follower(run / LOG_FILE, from_end=True)
-        self._on_step, self._last = on_step, last_step
+        self._on_step, self._introduce, self._last = on_step, introduce, 0
         self._bar = _Bar(total_steps)
+        self._started = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="monitor", daemon=True)
 
@@ -92,6 +101,10 @@ class Monitor:
         self._bar.close()
 
     def _follow(self) -> None:
+        # What it imports would compete with the workers' own start.
+        while not self._stop.wait(0.5) and not self._metrics.grew and time.monotonic() < self._started + PATIENCE:
+            pass
+        self._last = self._introduce()
         while not self._stop.wait(0.5):
             self._drain()
 
@@ -114,6 +127,11 @@ class Follower:
     def __init__(self, path: Path, from_end: bool = False) -> None:
         self._path = path
         self._offset = path.stat().st_size if from_end and path.is_file() else 0
+
+    @property
+    def grew(self) -> bool:
+        """Whether there is anything that `new_lines` has not given yet."""
+        return self._path.is_file() and self._path.stat().st_size != self._offset
 
     def new_lines(self) -> list[str]:
         if not self._path.is_file():
