@@ -1,21 +1,25 @@
-"""After the last trial: evaluation where asked for, the best model, summary, plots; told to MLflow."""
+"""After the last trial: evaluation where asked for, the best model, summary, report; told to MLflow."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from pipeline import checkpoint
 from pipeline.config import ConfigError
 from pipeline.durable import write_json
 from pipeline.export import EXPORT, export
+from pipeline.report import Point, write_sweep_report
+from pipeline.report import Trial as Shown
 from pipeline.tracking import Tracker
 from tune.plan import Sweep
-from tune.plots import frontier, metric_by_parameter
-from tune.table import Trial
+from tune.table import Trial, short
 
-EVALUATION = "evaluation.json"
+EVALUATION, PAGE = "evaluation.json", "sweep.html"
+REWARD, KL = "samples/reward", "samples/kl"
 
 
 def evaluate(sweep: Sweep, local: bool) -> None:
@@ -39,8 +43,7 @@ def conclude(sweep: Sweep, parent: Tracker) -> tuple[Trial | None, Path | None]:
     ranked = table.ranked(settings.metric, settings.maximise)
     parent.log_artifact(table.write_summary(settings.metric, settings.maximise))
     parent.log_dict({"metric": settings.metric, "trials": [asdict(t) for t in ranked]}, "summary.json")
-    for plot in [*metric_by_parameter(sweep, ranked), *frontier(sweep, ranked)]:
-        parent.log_artifact(plot)
+    parent.log_artifact(write_page(sweep, ranked))
     counts = {f"trials/{s}": sum(t.state == s for t in ranked) for s in ("finished", "stopped", "diverged", "failed")}
     parent.log_summary(counts)
     first = table.best(settings.metric, settings.maximise)
@@ -58,6 +61,41 @@ def conclude(sweep: Sweep, parent: Tracker) -> tuple[Trial | None, Path | None]:
     )
     parent.log_model_reference(exported, sweep.config.tracking.copy_model, settings.register_as)
     return first, exported
+
+
+def write_page(sweep: Sweep, trials: Sequence[Trial]) -> Path:
+    """The sweep in pictures, in its folder: the metric by each parameter, reward against KL where both were measured."""
+    settings = sweep.settings
+    shown = [_shown(sweep, trial) for trial in trials]
+    title = f"{sweep.config.name}: {len(trials)} trials"
+    mode = "max" if settings.maximise else "min"
+    return write_sweep_report(title, shown, sweep.folder / PAGE, settings.metric, mode)
+
+
+def _shown(sweep: Sweep, trial: Trial) -> Shown:
+    found, parameters = trial.evaluation, {key: _scalar(value) for key, value in trial.overrides.items()}
+    objective, beta = sweep.config.objective_name, None
+    if trial.run:
+        config = sweep.config_of(trial)
+        kind, beta = getattr(config.objective, "divergence", None), getattr(config.objective, "beta", None)
+        objective = config.objective_name + (f", {kind}" if kind else "")
+    points = ()
+    if found.keys() >= {REWARD, KL}:
+        errors = {"kl_error": found.get(f"{KL}_se"), "reward_error": found.get(f"{REWARD}_se")}
+        points = (Point(kl=found[KL], reward=found[REWARD], label="" if beta is None else short(beta), **errors),)
+    return Shown(
+        label=f"{trial.name} {trial.label}".strip(),
+        objective=objective,
+        parameters=parameters,
+        metrics=trial.metrics | found,
+        status=trial.state,
+        reason=trial.reason,
+        points=points,
+    )
+
+
+def _scalar(value: Any) -> float | int | str | bool | None:
+    return value if value is None or isinstance(value, float | int | str | bool) else short(value)
 
 
 def _export(sweep: Sweep, trial: Trial) -> Path:
