@@ -108,7 +108,7 @@ class Engine:
         self.optimizer: OptimizerConfig = config.critic.optimizer if role == "critic" else config.optimizer
         self._role, self._prefix = role, "critic-" if role == "critic" else ""
         bf16 = precision(config.model.dtype) == torch.bfloat16
-        self._stage, self._clip = _stage(config, bf16), self.optimizer.clip
+        self._stage, self._clip = config.scaling.zero_stage, self.optimizer.clip
         self._plain = self._stage == 0 and not bf16  # no wrapper: parameters are their own masters, gradients whole
         self._trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         self._sizes = {name: p.numel() for name, p in self._trained.items()}
@@ -116,7 +116,7 @@ class Engine:
             # Before DeepSpeed copies them: what `_load` does to the masters reaches the weights at the next step only.
             checkpoint.load_into(self._trained, resume, self._prefix)
         optimizer = _adamw(self._trained.values(), self.optimizer, config.scaling.offload_optimizer)
-        settings = _settings(config, self._stage, self._clip, bf16, self.device, sum(self._sizes.values()))
+        settings = _settings(config, self._clip, bf16, self.device, sum(self._sizes.values()))
         self._engine = _initialize(policy, optimizer, settings, self.device)
         self._inner, self._masters = self._create_state()
         if resume is not None:
@@ -291,16 +291,9 @@ def _drop_stale_build_lock() -> None:
             lock.unlink(missing_ok=True)
 
 
-def _stage(config: RunConfig, bf16: bool) -> int:
-    """The ZeRO stage that runs: of one float32 worker's state there is nothing to share, and flat copies cost time."""
-    alone = dist.get_world_size() == 1 and not bf16 and not config.scaling.offload_optimizer
-    return 0 if alone else config.scaling.zero_stage
-
-
-def _settings(
-    config: RunConfig, stage: int, clip: float | None, bf16: bool, device: torch.device, numel: int
-) -> dict[str, Any]:
+def _settings(config: RunConfig, clip: float | None, bf16: bool, device: torch.device, numel: int) -> dict[str, Any]:
     """What DeepSpeed is told."""
+    stage = config.scaling.zero_stage
     zero: dict[str, Any] = {
         "stage": stage,
         "reduce_bucket_size": min(BUCKET_NUMEL, numel),

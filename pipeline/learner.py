@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.config import RunConfig
@@ -24,6 +25,7 @@ from pipeline.contracts import Batch, PolicyOut, TermGroup
 from pipeline.critic import CRITIC, Critic, load_critic, load_trained_critic
 from pipeline.engine import Engine, lr_at
 from pipeline.model import Policy, load_policy
+from pipeline.pretrained import precision
 from pipeline.reward import RewardNetwork, load_reward_network
 
 
@@ -60,6 +62,14 @@ def load_trained(
     return partial(forward, policy, critic)
 
 
+def _unshared(config: RunConfig) -> RunConfig:
+    """One float32 worker without offload has nothing to share: at stage 0 it is spared ZeRO's flat copies."""
+    scaling, bf16 = config.scaling, precision(config.model.dtype) == torch.bfloat16
+    if dist.get_world_size() > 1 or bf16 or scaling.offload_optimizer:
+        return config
+    return config.model_copy(update={"scaling": scaling.model_copy(update={"zero_stage": 0})})
+
+
 class Learner:
     """The engines of one run on this rank; every method is collective.
 
@@ -84,6 +94,7 @@ class Learner:
     ) -> Learner:
         """Load the networks and go on from the checkpoint `resume`, if there is one."""
         network, critic = load_networks(config, model, frozen)
+        config = _unshared(config)
         if isinstance(network, Policy):
             network.place(device)
         policy = Engine(network, config, device, resume)

@@ -160,7 +160,7 @@ def test_damage_is_named_and_skipped(
     assert len(caplog.records) == 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_any_flipped_bit_is_noticed(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
     run = tmp_path_factory.mktemp("run")
@@ -233,6 +233,7 @@ def test_commit_needs_a_living_driver(run: Path) -> None:
     assert checkpoint.latest(run) == alive
 
 
+@pytest.mark.slow
 def test_a_driver_that_was_killed(run: Path) -> None:
     """No goodbye: the lease just stops being renewed. The next driver takes over."""
     code = "import sys, time; from pathlib import Path; from pipeline.checkpoint import Lease\n"

@@ -226,7 +226,7 @@ PATHS = [(section, key) for section, body in PLAIN.items() for key in [*body, *R
 ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(PATHS), VALUES), min_size=1, max_size=3))
 def test_whatever_is_wrong_is_a_config_error(mutations):
     plain = copy.deepcopy(PLAIN)

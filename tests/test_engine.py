@@ -274,6 +274,7 @@ def test_stage_0_equals_plain_pytorch(one: dict[str, Any]) -> None:
     assert_close(one["stage 0"], expected, 1e-6, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_same_update_whatever_stage_ranks_and_micro_batches(
     stage: int, one: dict[str, Any], two: dict[str, Any]
@@ -283,6 +284,7 @@ def test_same_update_whatever_stage_ranks_and_micro_batches(
         assert_close(other, one["stage 0"], 2e-6, 2e-5)
 
 
+@pytest.mark.slow
 def test_tied_embeddings_under_zero_3(one: dict[str, Any], two: dict[str, Any]) -> None:
     assert not any("lm_head" in name for name in two["tied"]["weights"])
     assert two["tied"]["norms"] == pytest.approx(one["tied"]["norms"], rel=1e-5)
@@ -315,22 +317,26 @@ def test_non_finite_gradient_is_refused(stage: int, alone: Path) -> None:
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_resume_is_bit_equal(stage: int, two: dict[str, Any]) -> None:
     assert_equal(two[f"stage {stage}"], two[f"resumed {stage}"])
 
 
+@pytest.mark.slow
 def test_resume_at_another_rank_count(one: dict[str, Any], two: dict[str, Any]) -> None:
     assert_close(two["from one rank 2"], one["stage 2"], 1e-6, 2e-5)
     back = train(config(3), start=SAVED, seed=9, resume=two["root"]["path"] / "3")
     assert_close(back, two["stage 3"], 1e-6, 2e-5)
 
 
+@pytest.mark.slow
 def test_resume_at_another_stage(alone: Path, one: dict[str, Any], two: dict[str, Any]) -> None:
     assert_close(two["2 to 3"], two["stage 2"], 1e-6, 2e-5)
     assert_close(train(config(0), start=SAVED, seed=9, resume=alone / "3"), one["stage 3"], 1e-6, 2e-5)
 
 
+@pytest.mark.slow
 def test_files_hold_each_parameter_once(two: dict[str, Any]) -> None:
     folder: Path = two["root"]["path"] / "3"
     for kind, per_parameter in (("weights", 1), ("moments", 2)):

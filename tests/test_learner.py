@@ -8,8 +8,9 @@ from typing import ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from pipeline import checkpoint
+from pipeline import checkpoint, learner
 from pipeline.config import ConfigError
 from pipeline.contracts import Alarm, Needs
 from pipeline.driver import fit
@@ -65,9 +66,13 @@ def test_a_critic_that_leaves_no_step_for_the_policy_is_refused(make_config) -> 
         fit(make_config(*DQO, "critic.steps_alone=4"), local=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [("scaling.zero_stage=3",), ("critic.architecture=head",)])
-def test_other_stages_and_a_value_head_train_the_same_policy_at_first(make_config, tmp_path: Path, settings) -> None:
+def test_other_stages_and_a_value_head_train_the_same_policy_at_first(
+    make_config, tmp_path: Path, settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Until the critic has learned something (V = 0 at step 1), the first update does not depend on what it is."""
+    monkeypatch.setattr(learner, "_unshared", lambda config: config)  # one worker's stage 3, too
     runs = [
         fit(make_config(*DQO, f"storage={tmp_path / name}", *more), local=True).run
         for name, more in (("plain", ()), ("other", settings))
@@ -81,6 +86,19 @@ def test_other_stages_and_a_value_head_train_the_same_policy_at_first(make_confi
     assert (set(critics[1]) == {"head.weight", "head.bias"}) == ("head" in settings[0])
     if "zero_stage" in settings[0]:
         assert second[-1]["loss"] == pytest.approx(first[-1]["loss"], rel=1e-3)
+
+
+def test_one_float32_worker_shares_nothing(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stage(workers: int, *overrides: str) -> int:
+        monkeypatch.setattr(dist, "get_world_size", lambda: workers)
+        return learner._unshared(make_config("scaling.zero_stage=2", *overrides)).scaling.zero_stage
+
+    assert [stage(1), stage(2), stage(1, "model.dtype=bfloat16"), stage(1, "scaling.offload_optimizer=true")] == [
+        0,
+        2,
+        2,
+        2,
+    ]
 
 
 def test_a_step_hands_its_baseline_to_the_next_one() -> None:

@@ -134,6 +134,7 @@ def test_held_out_rows_are_evaluated_and_not_trained_on(make_config) -> None:
     assert last < first < math.log(2)
 
 
+@pytest.mark.slow
 def test_lora_trains_and_saves_adapters_only(make_config) -> None:
     job = job_of(make_config("model.lora={r: 4, alpha: 8}", "optimizer.lr=0.01", "train.epochs=4"))
     metrics = train(job)
@@ -169,6 +170,7 @@ def test_what_changes_the_meaning_changes_the_run_and_nothing_else_does(make_con
         assert fit(make_config("train.max_steps=1", change), local=True).run != first
 
 
+@pytest.mark.slow
 def test_sft_then_dpo_from_its_run(make_config) -> None:
     sft = fit(make_config("objective={name: sft}", "train.epochs=2"), local=True)
     dpo = fit(make_config(f"model.path={sft.run}", "train.max_steps=1"), local=True)

@@ -324,7 +324,7 @@ _number = st.floats(-4, 4, width=32)
 _token = st.tuples(_number, _number, st.booleans())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(tokens=st.lists(_token, min_size=1, max_size=12), lam=st.sampled_from([0.0, 0.3, 0.95, 1.0]))
 def test_lambda_returns_are_the_sum_of_n_step_returns(tokens, lam):
     reward, values, mask = (list(column) for column in zip(*tokens, strict=True))

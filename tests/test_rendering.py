@@ -352,7 +352,7 @@ def outcome(renderer: Renderer, record) -> tuple[Rendered | None, str]:
         return None, str(error)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     template=st.sampled_from([LLAMA, CHATML]),
     prompt=st.one_of(TEXT, st.lists(TEXT, min_size=1, max_size=4).map(lambda turns: chat(*turns))),
@@ -389,7 +389,7 @@ def test_every_rendered_record_can_be_trained_on(template, prompt, responses, ma
         )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(turns=st.lists(BASIC, min_size=1, max_size=3), response=BASIC)
 def test_tokens_after_the_last_special_one_are_those_of_the_whole_text(turns, response):
     tokenizer = smollm2()

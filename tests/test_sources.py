@@ -86,7 +86,7 @@ def test_a_large_parquet_row_group_is_cut_and_small_ones_are_joined(tmp_path):
         assert [value["prompt"] for value in values(made)] == [f"{i:0100d}" for i in range(5000)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     parts=st.lists(
         st.sampled_from(['{"a": 1}', "", " \t", "\r", "{", '"x"', '{"b": "é"}', "\xa0", "null"]), max_size=30

@@ -427,6 +427,7 @@ def test_flatten_names_each_leaf():
     assert flatten(tree) == {"a.b.0": "1", "a.b.1": "null", "a.b.2.c": "true", "d": "text", "e": "{}", "f": "[]"}
 
 
+@pytest.mark.slow
 def test_mlflow_is_imported_only_when_something_is_tracked():
     code = "import sys, pipeline.tracking; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0

@@ -43,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         names = [SCALING.name] if options.what == "scaling" else options.workloads
         workloads = [named(name, options.quick) for name in names]
+        if options.contenders:
+            workloads = [w for w in (w.only(options.contenders) for w in workloads) if w.entries]
+        if not workloads:
+            raise race.RaceError(f"--contenders: none of these workloads has {', '.join(options.contenders)}")
         _check(workloads)
         stem = "scaling" if options.what == "scaling" else "report"
         return _race(workloads, steps, options.threads, options.quick, output, stem, command)
@@ -60,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("what", nargs="?", choices=["race", "scaling", "prepare"], default="race", help="default: race")
     add("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS), help="default: all")
+    add("--contenders", nargs="+", metavar="NAME", help="only these, by their names in the report (default: all)")
     add("--steps", type=int, default=10, help="timed steps of each contender (default: 10)")
     add("--threads", type=int, default=os.cpu_count(), help="threads of each contender (default: all cores)")
     add("--rows", type=int, nargs="+", default=[100_000], help="prepare: numbers of rows (default: 100000)")

