@@ -1,5 +1,6 @@
 # make demo       align a small language model on real data, end to end (first call installs)
 # make test       the test suite without the drills      make test-slow   the drills (kills, resumes, large runs)
+# make throughput one training step, side by side with TRL's
 # make lint       ruff                                   make lock        re-pin requirements/*.lock from .venv
 # make clean      remove .venv and caches; results in outputs/ stay
 #
@@ -17,7 +18,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 TEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow lint lock clean
+.PHONY: demo test test-slow throughput lint lock clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -28,6 +29,9 @@ demo: .venv/.demo-stamp
 test: .venv/.demo-stamp .venv/.dev-stamp
 	$(TEST) -m "not slow and not ray" -n 2 --dist loadfile $(ARGS) || [ $$? -eq 5 ]
 	$(TEST) -m "not slow and ray" $(ARGS) || [ $$? -eq 5 ]
+
+throughput: .venv/.demo-stamp .venv/.throughput-stamp
+	$(BIN)/python -m benchmarks.throughput $(ARGS)
 
 test-slow: .venv/.demo-stamp .venv/.dev-stamp
 	$(TEST) -m slow $(ARGS) || [ $$? -eq 5 ]
