@@ -17,7 +17,7 @@ import math
 import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from pipeline.durable import flush
 from tune.spaces import Point
@@ -78,8 +78,10 @@ class Table:
     def put(self, trial: Trial) -> Trial:
         """Add or replace a trial."""
         self.trials[trial.number] = trial
-        with self._path.open("a") as file:
-            file.write(json.dumps(asdict(trial)) + "\n")
+        with self._path.open("a+b") as file:
+            if file.tell() and not self._ends_whole(file):
+                file.write(b"\n")  # the line before was cut off
+            file.write(json.dumps(asdict(trial)).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         return trial
@@ -133,10 +135,14 @@ class Table:
         return self.folder / SUMMARY
 
     def _read(self) -> None:
-        text = self._path.read_text()
-        whole, newline, torn = text.rpartition("\n")
-        if torn:
-            self._path.write_text(whole + newline)
-        for line in whole.splitlines():
-            trial = Trial(**json.loads(line))
+        for line in self._path.read_bytes().split(b"\n"):
+            try:
+                trial = Trial(**json.loads(line))
+            except ValueError:  # cut off by a crash, or still being written
+                continue
             self.trials[trial.number] = trial
+
+    @staticmethod
+    def _ends_whole(file: BinaryIO) -> bool:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
