@@ -19,7 +19,7 @@ JOBS = {
     "prepare": "tokenise records and score them with the reference",
     "train": "align a model: prepare, train, export, track",
     "eval": "loss, accuracy, margins, sampled reward and KL of a checkpoint",
-    "decode": "sample from a checkpoint",
+    "decode": "complete prompts: sampling, search, value-guided",
     "sweep": "many runs with other settings, on workers that stay warm; the best model",
     "export": "a checkpoint as a folder that transformers loads",
 }

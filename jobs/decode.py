@@ -1,44 +1,54 @@
-"""Sample from a checkpoint: prompts in, one JSON line per completion out."""
+"""Decode from a checkpoint: prompts in, one line per completion out (jsonl or parquet). A second call does what is missing."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
+from pipeline.config import ConfigError, RunConfig
 
-from pipeline.config import RunConfig
+if TYPE_CHECKING:
+    from pipeline.decoding.pieces import Piece
 
-HELP = "Sample completions (sampling.*) from a checkpoint, run or model (checkpoint_from=…) into a jsonl file."
+HELP = (
+    "Complete prompts (sampling.*) by sampling, search or value-guided decoding (decoding.*) from a checkpoint, run or model "
+    "(checkpoint_from=…) into a jsonl or parquet file."
+)
 
 
 def run(config: RunConfig, options: argparse.Namespace) -> None:
-    from pipeline import driver
-    from pipeline.evaluation.samples import draw
-    from pipeline.export import weights_of
-    from pipeline.prompts import read_prompts
+    from pipeline.decoding.pieces import DecodePiece
+    from pipeline.decoding.task import describe, plan_task
+    from pipeline.evaluation.held_out import resources
+    from pipeline.stage import run_stage
 
-    prepared = driver.prepare(config, options.local)
-    own, _ = driver.open_run(config, prepared)
-    weights = weights_of(config.checkpoint_from or str(own), Path(config.storage) / "cache")
-    prompts = read_prompts(config, prepared)
-    samples = draw(config, weights, prompts.ids, prompts.texts, prompts.stop_ids, options.local)
-    output = Path(config.sampling.output or own / "samples.jsonl")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", encoding="utf-8") as file:
-        for i, group in enumerate(samples.completions):
-            for j, completion in enumerate(group):
-                line = {"prompt_text": samples.texts[i], **completion}
-                if samples.scores is not None:
-                    line["score"] = None if np.isnan(samples.scores[i, j]) else float(samples.scores[i, j])
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    for refused in prompts.refused:
-        print(f"not used: {refused['source']}: {refused['reason']}", file=sys.stderr)
-    for name, value in samples.metrics().items():
-        print(f"{name:18} {value:.4f}")
-    print(f"written            {output}")
+    task = plan_task(config, options.local)
+    if task.finished():
+        print(f"already decoded; delete it to decode again\nwritten            {task.output}")
+        return
+    missing: list[Piece] = [piece for piece in task.pieces if not task.files.is_done(piece.number)]
+    if len(missing) < len(task.pieces):
+        print(f"continues: {len(task.pieces) - len(missing)} of {len(task.pieces)} pieces are done", file=sys.stderr)
+    done = run_stage(
+        DecodePiece,
+        task.arguments(),
+        [piece.item() for piece in missing],
+        label=config.decoding.method,
+        resources=resources(config),
+        local=options.local,
+        unit="piece",
+    )
+    for _ in done:
+        pass
+    facts = task.finish()
+    if not facts["rows"]:
+        raise ConfigError(f"sampling.prompts: no usable prompt; see {task.quarantine}")
+    for name, value in describe(facts).items():
+        print(f"{name:18} {value}")
+    if facts["refused"]:
+        print(f"quarantined        {facts['refused']:.0f}: see {task.quarantine}")
+    print(f"written            {task.output}")
 
 
 if __name__ == "__main__":

@@ -298,13 +298,55 @@ class SamplingConfig(Section):
     """`vader`, `verifiable` (the right answer), `classifier:NAME` (a sequence classifier, or a run of reward_model), or a dotted
     path `package.module:function` from (prompt, response) to a number."""
     output: str | None = None
-    """File that `jobs.decode` writes (jsonl); default: in the run's folder."""
+    """File that `jobs.decode` writes (jsonl or parquet); default: in the run's folder."""
 
     @model_validator(mode="after")
     def _bounds(self) -> SamplingConfig:
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError("min_new_tokens: must not exceed max_new_tokens")
         return self
+
+
+class DecodingConfig(Section):
+    """How `jobs.decode` finds completions. Lengths, temperature, filters, seed, prompts and scorer are those of `sampling`."""
+
+    method: Name = "sampling"
+    """One of `pipeline.decoding.DECODERS`: sampling, beam, best_of_n, args, controlled, transfer_q, proxy."""
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """sampling, best_of_n, proxy: leave out tokens less likely than this share of the likeliest."""
+    beams: Count = 4
+    length_penalty: float = 1.0
+    """beam: a response of n tokens scores Σ log π / n^length_penalty."""
+    early_stopping: bool | Literal["never"] = False
+    """beam: when a prompt with enough finished responses is done; as in transformers."""
+    n: Count = 8
+    """best_of_n: samples per completion."""
+    candidates: Count = 10
+    """args, controlled, transfer_q: likeliest tokens of the reference that are looked at."""
+    alpha: Positive = 1.0
+    """args, controlled, transfer_q: π ∝ π_ref · exp(Q/α); the smaller, the further from the reference."""
+    rollouts: Count = 2
+    """controlled, transfer_q: sampled continuations per candidate."""
+    rollout_tokens: Count | None = None
+    """Tokens of one, at most; default: to `sampling.max_new_tokens`."""
+    rollout_temperature: Annotated[float, Field(ge=0)] = 1.0
+    """0: one greedy continuation per candidate."""
+    reference: Name | None = None
+    """args, controlled, transfer_q, proxy: the model before alignment; default: the run's reference."""
+    baseline: Name | None = None
+    """transfer_q: the aligned model that makes the roll-outs; default: the policy."""
+    baseline_scorer: Name | None = None
+    """transfer_q: the reward that the baseline was aligned to, where it is another than `sampling.scorer` (indirect transfer)."""
+    beta: Positive | None = None
+    """transfer_q, indirect: strength of the baseline's leash; default: objective.beta."""
+    base: Name | None = None
+    """proxy: the model that the policy's change is added to; default: the reference."""
+    weight: float = 1.0
+    """proxy: how much of the change is added."""
+    logprobs: tuple[Literal["policy", "reference"], ...] = ()
+    """Models whose log-probabilities of the tokens are written beside those that the decoder itself had."""
+    rows_per_piece: Count = 64
+    """Prompts that are decoded and written together: what a killed job repeats at most, per actor."""
 
 
 class EvaluationConfig(Section):
@@ -484,6 +526,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     sampling: SamplingConfig = SamplingConfig()
+    decoding: DecodingConfig = DecodingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sweep: SweepConfig | None = None
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import ModelConfig, SamplingConfig
+from pipeline.config import DecodingConfig, ModelConfig, SamplingConfig
+from pipeline.decoding.contract import Prompt, Tools
 from pipeline.decoding.sampling import sample
 from pipeline.decoding.stage import Decoded, decode_prompts
 from pipeline.pretrained import load_causal_lm, load_tokenizer, precision
@@ -30,7 +31,8 @@ def test_results_are_the_decoders_own_in_the_callers_order(tiny_model):
     assert [(d["prompt"], d["index"]) for d in found] == [(p, i) for p in range(7) for i in range(2)]
     model = load_causal_lm(str(tiny_model), precision("float32"))
     settings = SamplingConfig(max_new_tokens=12, per_prompt=2, seed=3)
-    direct = sample(model, PROMPTS, settings, sorted(STOP), 0, range(7))
+    tools = Tools(settings, DecodingConfig(), sorted(STOP), 0, {"policy": model})
+    direct = sample(tools, [Prompt(ids, key) for key, ids in enumerate(PROMPTS)])
     assert [d["token_ids"] for d in found] == [c.token_ids for c in direct]
     assert [d["logprobs"] for d in found] == [pytest.approx(c.logprobs, abs=1e-5) for c in direct]
     tokenizer = load_tokenizer(str(tiny_model))

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeline.config import SamplingConfig
-from pipeline.decoding.sampling import _nucleus_border, _stream, next_tokens, sample
+from pipeline.config import DecodingConfig, SamplingConfig
+from pipeline.decoding import sampling
+from pipeline.decoding.choice import Filters, _nucleus_border, next_tokens, stream
+from pipeline.decoding.contract import Completion, Prompt, Tools
 
 VOCABULARY = 50
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [5, 6], [20, 21, 22, 23], [30], [31, 32, 33], [34, 35]]
@@ -49,6 +51,12 @@ def tiny(name: str = "llama") -> torch.nn.Module:
             if parameter.dim() == 2:
                 parameter.normal_(0, 0.4)
     return model
+
+
+def sample(model, prompts, config: SamplingConfig, ends, pad, keys, progress=None, min_p=0.0) -> list[Completion]:
+    """The decoder `sampling` with a model of its own."""
+    tools = Tools(config, DecodingConfig(min_p=min_p), ends, pad, {"policy": model}, progress=progress)
+    return sampling.sample(tools, [Prompt(ids, key) for ids, key in zip(prompts, keys, strict=True)])
 
 
 @pytest.fixture(scope="module")
@@ -114,20 +122,31 @@ def test_logprobs_are_the_models_own_whatever_the_temperature_and_filters(model)
 
 
 @pytest.mark.parametrize(
-    "filters", [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.7}, {"temperature": 1.5, "top_k": 8, "top_p": 0.9}]
+    "filters",
+    [
+        {},
+        {"temperature": 0.5},
+        {"top_k": 3},
+        {"top_p": 0.7},
+        {"temperature": 1.5, "top_k": 8, "top_p": 0.9},
+        {"min_p": 0.2},
+        {"temperature": 1.5, "top_p": 0.9, "min_p": 0.3},
+    ],
 )
 def test_frequencies_are_those_of_the_filtered_distribution(model, filters):
     """5000 draws of one token; each probability within four standard errors of the exact one."""
     draws = 5000
-    config = SamplingConfig(max_new_tokens=1, per_prompt=draws, batch_size=draws, **filters)
-    drawn = torch.tensor([c.token_ids[0] for c in sample(model, [[5, 6, 7]], config, [], 0, [0])])
-    exact = brute_force(uncached_logprobs(model, [5, 6, 7], [0])[0], config)
+    min_p = filters.get("min_p", 0.0)
+    others = {name: value for name, value in filters.items() if name != "min_p"}
+    config = SamplingConfig(max_new_tokens=1, per_prompt=draws, batch_size=draws, **others)
+    drawn = torch.tensor([c.token_ids[0] for c in sample(model, [[5, 6, 7]], config, [], 0, [0], min_p=min_p)])
+    exact = brute_force(uncached_logprobs(model, [5, 6, 7], [0])[0], config, min_p)
     frequency = drawn.bincount(minlength=VOCABULARY).float() / draws
     assert (frequency[exact == 0] == 0).all()
     assert ((frequency - exact).abs() <= 4 * (exact * (1 - exact) / draws).sqrt() + 1e-9).all()
 
 
-def brute_force(logprobs: Tensor, config: SamplingConfig) -> Tensor:
+def brute_force(logprobs: Tensor, config: SamplingConfig, min_p: float) -> Tensor:
     """The distribution that the settings ask for, [V], token by token."""
     ranked = sorted(range(VOCABULARY), key=lambda v: -logprobs[v])
     if config.top_k:
@@ -135,6 +154,7 @@ def brute_force(logprobs: Tensor, config: SamplingConfig) -> Tensor:
     weights = (logprobs[ranked] / config.temperature).exp()
     weights = weights / weights.sum()
     kept = next(n for n in range(1, len(ranked) + 1) if n == len(ranked) or weights[:n].sum() >= config.top_p)
+    kept = min(kept, int((weights >= min_p * weights[0]).sum()))
     exact = torch.zeros(VOCABULARY)
     exact[ranked[:kept]] = weights[:kept] / weights[:kept].sum()
     return exact
@@ -179,19 +199,19 @@ def test_noise_in_the_logits_rarely_changes_a_token():
     rows, steps, vocabulary = 64, 50, 5000
     noise = torch.Generator().manual_seed(0)
     changed = 0
-    plain, shaken = ([_stream(0, r, 0, torch.device("cpu")) for r in range(rows)] for _ in range(2))
+    plain, shaken = ([stream(0, r, 0, torch.device("cpu")) for r in range(rows)] for _ in range(2))
     for step in range(steps):
         logits = torch.randn(rows, vocabulary, generator=noise) * 3
         moved = logits + torch.randn(rows, vocabulary, generator=noise) * 1e-4
         none = torch.tensor([], dtype=torch.long)
-        token = next_tokens(logits, SamplingConfig(), none, step, plain)[0]
-        changed += int((token != next_tokens(moved, SamplingConfig(), none, step, shaken)[0]).sum())
+        token = next_tokens(logits, Filters(), none, step, plain)[0]
+        changed += int((token != next_tokens(moved, Filters(), none, step, shaken)[0]).sum())
     assert changed <= 3
 
 
 def test_unusable_prompts_and_models_are_refused(model):
     config = SamplingConfig(max_new_tokens=10)
-    with pytest.raises(ValueError, match=r"prompt 1 has no tokens.*BOS"):
+    with pytest.raises(ValueError, match=r"prompt 1: it has no tokens.*BOS"):
         sample(model, [[5], []], config, [], 0, [0, 1])
     with pytest.raises(ValueError, match=r"prompt 0: 55 tokens \+ 10 new ones exceed.*64.*max_new_tokens"):
         sample(model, [[5] * 55], config, [], 0, [0])

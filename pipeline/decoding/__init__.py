@@ -1,13 +1,20 @@
 """Decoding: from prompts to completions.
 
-A decoder is a function of the signature of `sampling.sample`. `stage` runs one over many prompts, in this process or
-as Ray Data actors. Adding a decoder is a file and a line here.
+Each decoder is a function of the same signature (`contract`) in a file of its own; adding one is a file and a line here.
+`stage` runs the sampling of evaluations, `pieces` that of `jobs.decode`: in this process or as Ray Data actors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pipeline.decoding import args, beam, best_of_n, controlled, proxy, sampling, transfer_q
+from pipeline.decoding.contract import Decoder
 
-from pipeline.decoding.sampling import Completion, sample
-
-DECODERS: dict[str, Callable[..., list[Completion]]] = {"sampling": sample}
+DECODERS: dict[str, Decoder] = {
+    "sampling": Decoder(sampling.sample, frozenset({"policy"}), logprobs_of="policy"),
+    "beam": Decoder(beam.search, frozenset({"policy"}), logprobs_of="policy"),
+    "best_of_n": Decoder(best_of_n.best_of_n, frozenset({"policy", "scorer"}), logprobs_of="policy"),
+    "args": Decoder(args.decode, frozenset({"reference", "scorer"})),
+    "controlled": Decoder(controlled.decode, frozenset({"reference", "scorer"})),
+    "transfer_q": Decoder(transfer_q.decode, frozenset({"reference", "baseline", "scorer"})),
+    "proxy": Decoder(proxy.decode, frozenset({"policy", "reference", "base"})),
+}

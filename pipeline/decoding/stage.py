@@ -1,7 +1,8 @@
-"""Decode many prompts: the model is loaded once per Ray Data actor, or once in this process.
+"""Sample from many prompts: the model is loaded once per Ray Data actor, or once in this process.
 
 Completion i of prompt p depends on the model, the prompt, the settings, its key and i, not on the number of actors or
-the batch (see `sampling`). Left out: where prompts come from, and what is done with the completions.
+the batch (see `sampling`). Left out: where prompts come from, what is done with the completions, and other decoders
+(`pieces`).
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import Any, TypedDict
 
 import torch
 
-from pipeline.config import ModelConfig, SamplingConfig
-from pipeline.decoding import DECODERS
+from pipeline.config import DecodingConfig, ModelConfig, SamplingConfig
+from pipeline.decoding.contract import Prompt, Tools
+from pipeline.decoding.sampling import sample
 from pipeline.pretrained import load_causal_lm, load_tokenizer, precision
 from pipeline.stage import Item, Resources, run_stage
 
@@ -31,19 +33,18 @@ class DecodePrompts:
     """The actor: {"prompts": token ids of some prompts, "keys": one each} → {"completions": prompt-major list}."""
 
     def __init__(
-        self, model: str, config: dict[str, Any], settings: dict[str, Any], stop_ids: list[int], decoder: str, gpu: bool
+        self, model: str, config: dict[str, Any], settings: dict[str, Any], stop_ids: list[int], gpu: bool
     ) -> None:
         options = ModelConfig.model_validate(config)
-        self.settings = SamplingConfig.model_validate(settings)
         self.tokenizer = load_tokenizer(model, options.trust_remote_code)
         loaded = load_causal_lm(model, precision(options.dtype), options.unpacked_attention, options.trust_remote_code)
-        self.model = loaded.to(torch.device("cuda" if gpu else "cpu"))
-        self.decode, self.stop_ids = DECODERS[decoder], stop_ids
-        pad = self.tokenizer.pad_token_id
-        self.pad_id = 0 if pad is None else pad  # masked wherever it stands, so any token will do
+        policy = loaded.to(torch.device("cuda" if gpu else "cpu"))
+        sampling = SamplingConfig.model_validate(settings)
+        self.tools = Tools(sampling, DecodingConfig(), stop_ids, pad_of(self.tokenizer), {"policy": policy})
 
     def __call__(self, item: Item) -> Item:
-        done = self.decode(self.model, item["prompts"], self.settings, self.stop_ids, self.pad_id, item["keys"])
+        named = zip(item["prompts"], item["keys"], strict=True)
+        done = sample(self.tools, [Prompt(list(ids), int(key)) for ids, key in named])
         texts = self.tokenizer.batch_decode(
             [c.token_ids for c in done], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -55,6 +56,11 @@ class DecodePrompts:
         }
 
 
+def pad_of(tokenizer: Any) -> int:
+    """Any token will do: it is masked wherever it stands."""
+    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 def decode_prompts(
     model: str,
     prompts: Sequence[Sequence[int]],
@@ -64,7 +70,6 @@ def decode_prompts(
     stop_ids: Sequence[int],
     resources: Resources,
     local: bool,
-    decoder: str = "sampling",
     keys: Sequence[int] | None = None,
     label: str = "decode",
 ) -> list[Decoded]:
@@ -84,7 +89,6 @@ def decode_prompts(
         "config": config.model_dump(mode="json"),
         "settings": settings.model_dump(mode="json"),
         "stop_ids": sorted(stop_ids),
-        "decoder": decoder,
         "gpu": resources.gpus > 0,
     }
     results = run_stage(DecodePrompts, arguments, items, label=label, resources=resources, local=local, unit="batch")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import ModelConfig, RunConfig
-from pipeline.decoding.sampling import last_logits_only
+from pipeline.decoding.prefixes import last_logits_only
 from pipeline.evaluation.estimates import mean, ratio
 from pipeline.evaluation.findings import Findings
 from pipeline.evaluation.held_out import resources

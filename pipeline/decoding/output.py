@@ -1,0 +1,133 @@
+"""What `jobs.decode` writes: pieces as they are done, then one file.
+
+A piece is two files, rows and refused rows, and a third with counts that is written last: without it the piece does not exist.
+Assembling streams the pieces, in order, into the file that was asked for and deletes them; a description beside it says what
+it was made of, so that the same job does nothing a second time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config import ConfigError
+from pipeline.durable import flush, write_json
+
+ENDINGS = (".jsonl", ".parquet")
+SCHEMA = pa.schema(
+    [
+        ("source", pa.string()),
+        ("prompt", pa.string()),
+        ("index", pa.int32()),
+        ("text", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("logprobs", pa.list_(pa.float32())),
+        ("policy_logprobs", pa.list_(pa.float32())),
+        ("reference_logprobs", pa.list_(pa.float32())),
+        ("score", pa.float64()),
+        ("method", pa.string()),
+        ("seconds", pa.float64()),
+        ("details", pa.map_(pa.string(), pa.float64())),
+    ]
+)
+"""A row of the output: one completion. logprobs: under what the decoder drew from; seconds: the batch's, shared out evenly."""
+
+_FACTS = ("rows", "tokens", "refused", "seconds", "scored", "score", "score_squared")
+
+
+def check_output(path: Path) -> None:
+    """Raises ConfigError for a name that says nothing about the format."""
+    if path.suffix not in ENDINGS:
+        raise ConfigError(f"sampling.output: {path} has to end in {' or '.join(ENDINGS)}")
+
+
+class Pieces:
+    """The folder of finished pieces of one job."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, number: int, rows: list[dict[str, Any]], refused: list[dict[str, str]], seconds: float) -> None:
+        """Write piece `number`; it exists when this returns, or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path, lines in ((self._rows(number), rows), (self._refused(number), refused)):
+            aside = path.with_suffix(f".{os.getpid()}.tmp")
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            aside.write_text(text, encoding="utf-8")
+            flush(aside)
+            aside.replace(path)
+        scores = [row["score"] for row in rows if row["score"] is not None]
+        facts = {
+            "rows": len(rows),
+            "tokens": sum(len(row["token_ids"]) for row in rows),
+            "refused": len(refused),
+            "seconds": seconds,
+            "scored": len(scores),
+            "score": sum(scores),
+            "score_squared": sum(score * score for score in scores),
+        }
+        write_json(self._facts(number), facts)
+
+    def is_done(self, number: int) -> bool:
+        """Whether piece `number` was written to its end."""
+        return self._facts(number).is_file()
+
+    def facts(self, count: int) -> dict[str, float]:
+        """Totals of pieces 0 … count − 1."""
+        found = dict.fromkeys(_FACTS, 0.0)
+        for number in range(count):
+            for name, value in json.loads(self._facts(number).read_text()).items():
+                found[name] += value
+        return found
+
+    def assemble(self, count: int, output: Path, quarantine: Path) -> None:
+        """Join pieces 0 … count − 1 into `output` and, where rows were refused, `quarantine`."""
+        output.parent.mkdir(parents=True, exist_ok=True)
+        aside = output.with_name(f".{output.name}.{os.getpid()}.new")
+        rows = (self._rows(number) for number in range(count))
+        if output.suffix == ".parquet":
+            _write_parquet(rows, aside)
+        else:
+            _join(rows, aside)
+        flush(aside)
+        aside.replace(output)
+        _join((self._refused(number) for number in range(count)), quarantine)
+        if not quarantine.stat().st_size:
+            quarantine.unlink()
+
+    def discard(self) -> None:
+        """Delete the pieces."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _rows(self, number: int) -> Path:
+        return self.folder / f"piece-{number:06d}.rows.jsonl"
+
+    def _refused(self, number: int) -> Path:
+        return self.folder / f"piece-{number:06d}.refused.jsonl"
+
+    def _facts(self, number: int) -> Path:
+        return self.folder / f"piece-{number:06d}.json"
+
+
+def _join(parts: Iterator[Path], target: Path) -> None:
+    with target.open("wb") as out:
+        for part in parts:
+            with part.open("rb") as stream:
+                shutil.copyfileobj(stream, out)
+
+
+def _write_parquet(parts: Iterator[Path], target: Path) -> None:
+    from pyarrow import parquet
+
+    with parquet.ParquetWriter(target, SCHEMA) as writer:
+        for part in parts:
+            rows = [json.loads(line) for line in part.read_text(encoding="utf-8").split("\n") if line]
+            for row in rows:
+                row["details"] = list(row["details"].items())
+            writer.write_table(pa.Table.from_pylist(rows, SCHEMA))

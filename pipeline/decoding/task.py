@@ -1,0 +1,183 @@
+"""The driver's side of `jobs.decode`: what there is to do, under which name, and what came of it.
+
+Everything that can be known to fail is found here, before an actor starts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline import cluster, driver
+from pipeline.config import ConfigError, RunConfig, digest
+from pipeline.decoding import DECODERS
+from pipeline.decoding.contract import Decoder, Role
+from pipeline.decoding.loading import KEYS, check_scorers, weights
+from pipeline.decoding.output import Pieces, check_output
+from pipeline.decoding.pieces import Piece, check_room, pieces_of_rows, pieces_of_source
+from pipeline.decoding.transfer_q import check_indirect
+from pipeline.durable import write_json
+from pipeline.pretrained import fingerprint, load_config, locate, precision
+from pipeline.rows import Rows
+from pipeline.sources import plan
+
+_MEANING: dict[str, set[str]] = {
+    "sampling": {"output", "batch_size"},
+    "decoding": {"rows_per_piece"},
+    "data": {"sources", "eval_sources"},
+    "evaluation": {"evaluators", "against", "bins", "samples_shown", "credit_rows", "planted"},
+}
+"""Sections that change what is decoded, less the keys that do not."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingTask:
+    """One call of `jobs.decode`."""
+
+    config: RunConfig
+    weights: dict[str, str]  # by role
+    tokenizer: str
+    pieces: list[Piece]
+    files: Pieces
+    output: Path
+    identity: str
+
+    @property
+    def quarantine(self) -> Path:
+        """Where refused rows go."""
+        return self.output.with_name(f"{self.output.stem}.quarantine.jsonl")
+
+    @property
+    def _description(self) -> Path:
+        return self.output.with_name(f"{self.output.name}.json")
+
+    def arguments(self) -> dict[str, Any]:
+        """What the actors are built from."""
+        return {
+            "config": self.config.dump(),
+            "weights": self.weights,
+            "tokenizer": self.tokenizer,
+            "folder": str(self.files.folder),
+        }
+
+    def finished(self) -> bool:
+        """Whether the output is there and this very task made it."""
+        if not self.output.is_file() or not self._description.is_file():
+            return False
+        return json.loads(self._description.read_text())["identity"] == self.identity
+
+    def finish(self) -> dict[str, float]:
+        """Join the pieces into the output; their totals."""
+        facts = self.files.facts(len(self.pieces))
+        self.files.assemble(len(self.pieces), self.output, self.quarantine)
+        write_json(self._description, {"identity": self.identity, "method": self.config.decoding.method, **facts})
+        self.files.discard()
+        return facts
+
+
+def plan_task(config: RunConfig, local: bool) -> DecodingTask:
+    """Check everything, find the weights and cut the prompts into pieces. Raises ConfigError."""
+    decoder = _decoder(config)
+    check_scorers(config, decoder.needs)
+    world = _world(config, local)
+    roles: set[Role] = (set(decoder.needs) - {"scorer"}) | set(config.decoding.logprobs)
+    found = weights(config, roles, world.policy, world.reference, world.tokenizer)
+    for role, path in found.items():
+        text = load_config(path, config.model.trust_remote_code, KEYS[role]).get_text_config()
+        check_room(config, getattr(text, "max_position_embeddings", None))
+    pieces, content = _prompts(config, world)
+    identity = _identity(config, found, content, world.tokenizer)
+    default = world.folder / f"{config.decoding.method}-{identity}.jsonl"
+    output = Path(config.sampling.output or default).expanduser().absolute()
+    check_output(output)
+    files = Pieces(output.with_name(f".{output.name}.{identity}-{config.decoding.rows_per_piece}.pieces"))
+    return DecodingTask(config, found, world.tokenizer, pieces, files, output, identity)
+
+
+class _World(NamedTuple):
+    """What the configuration's own run has."""
+
+    policy: str  # as a person writes it
+    reference: str  # located
+    tokenizer: str  # located
+    folder: Path  # of the output, where none is named
+    rows: Path | None
+
+
+def _world(config: RunConfig, local: bool) -> _World:
+    """Rows are prepared only where the run itself, or its held-out prompts, are asked for."""
+    if config.checkpoint_from is None or config.sampling.prompts is None:
+        prepared = driver.prepare(config, local)
+        own, _ = driver.open_run(config, prepared)
+        return _World(config.checkpoint_from or str(own), prepared.frozen, prepared.model, own, prepared.rows)
+    driver.check(config, local)
+    cache, own = Path(config.storage) / "cache", config.model
+    tokenizer = locate(own.path, cache)
+    reference = locate(own.reference, cache, "model.reference") if own.reference else tokenizer
+    if not local:
+        cluster.connect(config)
+    return _World(config.checkpoint_from, reference, tokenizer, Path(config.storage) / "decoded", None)
+
+
+def _prompts(config: RunConfig, world: _World) -> tuple[list[Piece], str]:
+    """Pieces, and a hash of what they hold. Raises ConfigError where there are none."""
+    size, limit, prompts = config.decoding.rows_per_piece, config.sampling.limit, config.sampling.prompts
+    if prompts is not None:
+        planned = plan([prompts], Path(config.storage) / "cache" / "sources", key="sampling.prompts")
+        pieces, content = pieces_of_source(planned, size, limit), planned.fingerprint
+    else:
+        assert world.rows is not None
+        split = Rows(world.rows).split(config.data, config.seed)
+        positions = (split.eval if len(split.eval) else split.train).tolist()
+        pieces, content = pieces_of_rows(world.rows, positions, size, limit), world.rows.name
+    if not pieces:
+        raise ConfigError("sampling.prompts: there is no record; name a file with prompts")
+    return pieces, content
+
+
+def _decoder(config: RunConfig) -> Decoder:
+    options = config.decoding
+    if options.method not in DECODERS:
+        raise ConfigError(f"decoding.method: no {options.method!r}; choose one of {', '.join(DECODERS)}")
+    if options.method == "beam" and config.sampling.per_prompt > options.beams:
+        raise ConfigError(
+            f"sampling.per_prompt: {options.beams} beams find no {config.sampling.per_prompt} responses; raise decoding.beams"
+        )
+    if options.method == "transfer_q" and options.baseline_scorer is not None:
+        beta = options.beta or getattr(config.objective, "beta", None)
+        check_indirect(options.rollouts, options.rollout_temperature, beta)
+    return DECODERS[options.method]
+
+
+def _identity(config: RunConfig, found: dict[str, str], content: str, tokenizer: str) -> str:
+    """Hash of what changes the output: not of batches, workers or places."""
+    cache = Path(config.storage) / "cache"
+    plain = config.dump()
+    sections = {
+        name: {key: value for key, value in plain[name].items() if key not in left_out}
+        for name, left_out in _MEANING.items()
+    }
+    prints = {role: fingerprint(path, cache, KEYS[role]) for role, path in found.items()}  # type: ignore[index]
+    classifiers = [
+        fingerprint(locate(name.partition(":")[2], cache, "sampling.scorer"), cache)
+        for name in (config.sampling.scorer, config.decoding.baseline_scorer)
+        if name is not None and name.startswith("classifier:")
+    ]
+    dtype = str(precision(config.model.dtype))
+    beta = getattr(config.objective, "beta", None)
+    return digest(1, sections, prints, content, fingerprint(tokenizer, cache), classifiers, dtype, beta)
+
+
+def describe(facts: dict[str, float]) -> dict[str, str]:
+    """The few numbers that a person wants to see."""
+    shown = {"completions": f"{facts['rows']:.0f}", "tokens": f"{facts['tokens']:.0f}"}
+    if facts["seconds"]:
+        shown["tokens/s per actor"] = f"{facts['tokens'] / facts['seconds']:.1f}"
+    if facts["scored"]:
+        count, mean = facts["scored"], facts["score"] / facts["scored"]
+        variance = max(0.0, facts["score_squared"] / count - mean**2)
+        shown["score"] = f"{mean:.4f} ± {math.sqrt(variance / count):.4f}"
+    return shown
