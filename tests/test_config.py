@@ -258,6 +258,7 @@ def test_dump_round_trips_through_json(name):
     assert dumped["objective"]["name"] == name
 
 
+@pytest.mark.slow
 def test_schema_accepts_what_loads_and_rejects_what_does_not():
     schema = json_schema()
     jsonschema.Draft202012Validator.check_schema(schema)

@@ -244,6 +244,7 @@ def assert_equal(through: dict[str, Any], resumed: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------- one by one
 
 
+@pytest.mark.slow
 def test_engines_one_after_another_release_everything(tmp_path: Path) -> None:
     """Also over two process groups, as when a worker process is used again. Comes first: `alone` keeps one to the end."""
     gone, losses = [], []

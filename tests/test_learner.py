@@ -39,6 +39,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+@pytest.mark.slow
 def test_the_critic_trains_alone_first_and_on_its_own_schedule(make_config) -> None:
     config = make_config(
         *DQO,

@@ -55,6 +55,7 @@ def test_dpo_starts_at_ln_2_and_learns_the_preference(make_config) -> None:
     assert metrics[-1]["epoch"] == 6.0
 
 
+@pytest.mark.slow
 def test_a_run_cut_off_in_the_middle_of_an_epoch_ends_with_the_same_bits(make_config, monkeypatch) -> None:
     config = make_config("train.epochs=2", "checkpoint.every=2")
     whole, broken = job_of(config, "whole"), job_of(config, "broken")
@@ -90,6 +91,7 @@ def test_micro_batches_do_not_change_the_update(make_config) -> None:
         torch.testing.assert_close(tensor, weights(small)[name], atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_every_row_is_used_once_per_epoch(make_config, monkeypatch) -> None:
     seen: list[int] = []
     real = loop.train_step
@@ -124,6 +126,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_rows(make_config, mo
     assert newest.name == "step-00000001"  # the last good one is intact
 
 
+@pytest.mark.slow
 def test_held_out_rows_are_evaluated_and_not_trained_on(make_config) -> None:
     metrics = train(job_of(make_config("data.eval_fraction=0.25", "train.eval_every=2", "train.epochs=4")))
     evaluated = [line["step"] for line in metrics if "eval/loss" in line]
@@ -162,6 +165,7 @@ def test_fit_exports_what_transformers_loads_and_says_when_it_is_finished(make_c
     assert again.metrics == result.metrics
 
 
+@pytest.mark.slow
 def test_what_changes_the_meaning_changes_the_run_and_nothing_else_does(make_config) -> None:
     first = fit(make_config("train.max_steps=1"), local=True).run
     same = ("train.tokens_per_micro_batch=512", "checkpoint.every=7", "scaling.workers=2", "scaling.zero_stage=1")

@@ -65,6 +65,7 @@ def test_packed_forward_equals_separate_forwards(name: str, attention: str) -> N
     assert (logprobs[~collate(ROWS).response_mask] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_flex_attention_equals_sdpa(name: str) -> None:
     """Its forward; uncompiled, for want of a GPU. Its backward pass has no CPU form."""

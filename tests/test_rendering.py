@@ -106,6 +106,7 @@ def text_of(tokenizer, ids: list[int]) -> str:
 # ------------------------------------------------------------------------------------------- SmolLM2, chat
 
 
+@pytest.mark.slow
 def test_a_chat_is_what_the_tokenizers_own_template_says():
     tokenizer = smollm2()
     prompt = chat("system: be brief", "Hi!", "Hello.", "How are you?")

@@ -44,6 +44,7 @@ def test_scores_are_the_classifiers_own_and_start_at_zero(make_config, lora) -> 
     torch.testing.assert_close(own_score(alone, ROWS[0], 1), before[0, 1], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_training_separates_the_pairs_and_the_export_scores_alike_anywhere(make_config) -> None:
     config = make_config(
         "objective={name: reward_model}",

@@ -53,6 +53,7 @@ def landed(tokenizer, rendered: Rendered, k: int = 0) -> list[tuple[float, str]]
 # --------------------------------------------------------------------------------------------------- plain text
 
 
+@pytest.mark.slow
 def test_rewards_land_on_the_last_token_of_their_step():
     tokenizer = smollm2()
     steps = [said(" 48 / 2 = 24.\n", 0.25), said("48 + 24 = 72.\n", 0.5), said("#### 72", 2.0)]
