@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import threading
 import time
@@ -28,7 +29,9 @@ class MetricsFile:
         self.path = path
         # Steps beyond the checkpoint are about to be repeated: their lines would appear twice.
         kept = [line for line in read_metrics(path) if line["step"] <= after]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        aside = path.with_name(f".{path.name}.new")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        aside.rename(path)  # another file: whoever follows this one sees that it begins anew
         self._file = path.open("a", buffering=1)
 
     def append(self, step: int, metrics: dict[str, float]) -> None:
@@ -122,23 +125,29 @@ class Monitor:
 
 
 class Follower:
-    """New complete lines of a file that others append to; a file that shrank was rewritten by a resumed worker."""
+    """New complete lines of a file that others append to. One that a resumed worker replaced is read from its start."""
 
     def __init__(self, path: Path, from_end: bool = False) -> None:
-        self._path = path
-        self._offset = path.stat().st_size if from_end and path.is_file() else 0
+        self._path, self._inode, self._offset = path, 0, 0
+        if path.is_file():
+            found = path.stat()
+            self._inode, self._offset = found.st_ino, found.st_size if from_end else 0
 
     @property
     def grew(self) -> bool:
         """Whether there is anything that `new_lines` has not given yet."""
-        return self._path.is_file() and self._path.stat().st_size != self._offset
+        if not self._path.is_file():
+            return False
+        found = self._path.stat()
+        return (found.st_ino, found.st_size) != (self._inode, self._offset)
 
     def new_lines(self) -> list[str]:
         if not self._path.is_file():
             return []
-        if self._path.stat().st_size < self._offset:
-            self._offset = 0
         with self._path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            if found.st_ino != self._inode or found.st_size < self._offset:
+                self._inode, self._offset = found.st_ino, 0
             file.seek(self._offset)
             complete, newline, _ = file.read().rpartition(b"\n")
         self._offset += len(complete) + len(newline)
