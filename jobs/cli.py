@@ -80,7 +80,7 @@ def run_job(job: ModuleType, argv: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before torch is imported; see `pipeline.cluster`
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at the first large tensor; see `pipeline.cluster`
 
     from pipeline.config_file import load
     from pipeline.errors import UserError

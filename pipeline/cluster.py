@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import threading
@@ -17,15 +18,10 @@ ENVIRONMENT = {
 }
 
 
-def connect_for_training(config: RunConfig) -> None:
-    """`connect`, and meanwhile import what takes seconds. (Ray's processes die with the thread that starts them: not this.)"""
-    threading.Thread(target=_import, name="imports", daemon=True).start()
-    connect(config)
-
-
-def _import() -> None:
-    import ray.train.torch  # noqa: F401
-    from transformers import AutoTokenizer  # noqa: F401
+def import_beside(*modules: str) -> None:
+    """Import modules that take seconds in a thread, while Ray starts. (Not the other way round: Ray's processes die with the
+    thread that started them.)"""
+    threading.Thread(target=lambda: list(map(importlib.import_module, modules)), name="imports", daemon=True).start()
 
 
 def connect(config: RunConfig) -> None:

@@ -93,7 +93,8 @@ def prepare(config: RunConfig, local: bool = False) -> Prepared:
     cache = Path(config.storage) / "cache"
     model = locate(config.model.path, cache)
     if not local:
-        cluster.connect_for_training(config)
+        cluster.import_beside("transformers.models.auto.tokenization_auto")
+        cluster.connect(config)
     check_lengths(config, model)
     frozen = locate(config.model.reference, cache, "model.reference") if config.model.reference else model
     if frozen != model:
@@ -149,6 +150,8 @@ def fit(config: RunConfig, local: bool = False, report: Callable[[Result, Tracke
     `report` is called with the exported result while the MLflow run is still open, for what else belongs to it.
     Raises ConfigError, data.DataError, loop.Diverged: one line each.
     """
+    if not local:
+        cluster.import_beside("ray.train.torch")
     prepared = prepare(config, local)
     run, identity = open_run(config, prepared)
     tracker = start(config, run, identity)
