@@ -87,13 +87,13 @@ def check_lengths(config: RunConfig, model: str) -> None:
         )
 
 
-def prepare(config: RunConfig, local: bool = False) -> Prepared:
-    """Weights located, rows tokenised, reference scored; all cached."""
+def prepare(config: RunConfig, local: bool = False, meanwhile: tuple[str, ...] = ()) -> Prepared:
+    """Weights located, rows tokenised, reference scored; all cached. meanwhile: modules to import while Ray starts."""
     check(config, local)
     cache = Path(config.storage) / "cache"
     model = locate(config.model.path, cache)
     if not local:
-        cluster.import_beside("transformers.models.auto.tokenization_auto")
+        cluster.import_beside("transformers.models.auto.tokenization_auto", *meanwhile)
         cluster.connect(config)
     check_lengths(config, model)
     frozen = locate(config.model.reference, cache, "model.reference") if config.model.reference else model
@@ -150,9 +150,7 @@ def fit(config: RunConfig, local: bool = False, report: Callable[[Result, Tracke
     `report` is called with the exported result while the MLflow run is still open, for what else belongs to it.
     Raises ConfigError, data.DataError, loop.Diverged: one line each.
     """
-    if not local:
-        cluster.import_beside("ray.train.torch")
-    prepared = prepare(config, local)
+    prepared = prepare(config, local, meanwhile=("ray.train.torch",))
     run, identity = open_run(config, prepared)
     tracker = start(config, run, identity)
     if (run / EXPORT).is_dir():
