@@ -201,6 +201,12 @@ def open_run(config: RunConfig, prepared: Prepared) -> tuple[Path, str]:
     return run, identity
 
 
+def job_for(config: RunConfig, prepared: Prepared, run: Path) -> Job:
+    """What the workers of this run are told."""
+    frozen = prepared.frozen if config.objective.needed().kl != "none" else None
+    return Job(config, run, prepared.rows, prepared.reference, prepared.model, frozen)
+
+
 def last_metrics(run: Path) -> dict[str, float]:
     """Each metric's newest value."""
     newest: dict[str, float] = {}
@@ -221,8 +227,7 @@ def _log_data(tracker: Tracker, rows: Path, left_out: int) -> None:
 
 
 def _train(config: RunConfig, prepared: Prepared, run: Path, tracker: Tracker, local: bool) -> None:
-    frozen = prepared.frozen if config.objective.needed().kl != "none" else None
-    job = Job(config, run, prepared.rows, prepared.reference, prepared.model, frozen)
+    job = job_for(config, prepared, run)
     rows = Rows(prepared.rows, prepared.reference)
     split = rows.split(config.data, config.seed)
     if split.left_out:

@@ -15,7 +15,7 @@ from pipeline.config import ConfigError, RunConfig, digest
 from pipeline.contracts import Needs
 from pipeline.driver import Prepared
 from pipeline.durable import write_json
-from pipeline.loop import Job, Plan
+from pipeline.loop import Plan
 from pipeline.pretrained import fingerprint
 from pipeline.rows import Rows
 from tune import search
@@ -109,13 +109,11 @@ class Sweep:
         prepared = self.prepared_for(config)
         run, _ = driver.open_run(config, prepared)
         trial = Trial(number, point, overrides, str(run))
-        frozen = prepared.frozen if config.objective.needed().kl != "none" else None
-        job = Job(config, run, prepared.rows, prepared.reference, prepared.model, frozen)
         self.trial_folder(trial).mkdir(parents=True, exist_ok=True)
         write_json(
             self.trial_folder(trial) / JOB_FILE,
             {
-                "plain": job.plain(),
+                "plain": driver.job_for(config, prepared, run).plain(),
                 "metric": self.settings.metric,
                 "total_steps": self.steps_of(config).total_steps,
                 "max_failures": self.settings.max_failures,
