@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from pipeline.collate import group_mask
+
 GROUPS = "qalign_groups"
 """Name of this implementation in transformers' registry (`register`)."""
 
@@ -81,9 +83,8 @@ def group_attention(
     parts = []
     for calls, q, k, v in zip(bundles, *(x.split(lengths, 2) for x in (query, key, value)), strict=True):
         for call in calls:
-            mask = None if call.mask is None else call.mask.to(q.device)
             part = q[:, :, call.start : call.stop], k[:, :, : call.stop], v[:, :, : call.stop]
-            parts.append(scaled_dot_product_attention(*part, mask, is_causal=mask is None, scale=scaling))
+            parts.append(scaled_dot_product_attention(*part, call.mask, is_causal=call.mask is None, scale=scaling))
     return torch.cat(parts, 2).transpose(1, 2), None
 
 
@@ -100,7 +101,7 @@ def plan(groups: tuple[Group, ...], window: int) -> tuple[tuple[Call, ...], ...]
 
 def _calls(bundle: list[Group], window: int) -> tuple[Call, ...]:
     tokens = sum(map(sum, bundle))
-    visible = torch.block_diag(*(_visible(group, window) for group in bundle)).bool()
+    visible = torch.block_diag(*(_visible(group, window) for group in bundle))
     prompt = bundle[0][0]
     if tokens <= BUNDLE or window or tokens == prompt:
         return (Call(0, tokens, visible),)
@@ -110,9 +111,9 @@ def _calls(bundle: list[Group], window: int) -> tuple[Call, ...]:
 def _visible(group: Group, window: int) -> Tensor:
     """[T, T], true where a query sees a key: in the prompt and in its own response, not in the future."""
     segment = torch.arange(len(group)).repeat_interleave(torch.tensor(group))
-    place = torch.arange(len(segment))
+    seen = group_mask(segment[None])[0, 0]
+    if not window:
+        return seen
     starts = torch.tensor([0, *group]).cumsum(0)[:-1]
-    position = place - starts[segment] + torch.where(segment > 0, group[0], 0)
-    query, key = segment[:, None], segment[None]
-    seen = (place[:, None] >= place[None]) & ((key == 0) | (key == query))
-    return seen & (position[:, None] - position[None] < window) if window else seen
+    position = torch.arange(len(segment)) - starts[segment] + torch.where(segment > 0, group[0], 0)
+    return seen & (position[:, None] - position[None] < window)

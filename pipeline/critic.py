@@ -15,7 +15,7 @@ from pipeline.config import ConfigError, RunConfig
 from pipeline.contracts import Batch, PolicyOut
 from pipeline.model import add_lora, recompute_layers, remove_dropout, unflatten
 from pipeline.pretrained import load_backbone, load_config, precision
-from pipeline.trunk import choose_layout, token_states
+from pipeline.trunk import Layout, choose_layout, token_states
 
 HEAD = "value_head.safetensors"
 CRITIC = "critic"
@@ -34,6 +34,7 @@ class Critic(nn.Module):
     def __init__(self, width: int, trunk: nn.Module | None = None) -> None:
         super().__init__()
         self.trunk = trunk
+        self.layout: Layout = "flat"  # a head alone computes no states
         if trunk is not None:
             remove_dropout(trunk)
             self.layout = choose_layout(trunk)

@@ -84,7 +84,7 @@ class Learner:
         self.rank: int = policy.rank
         self.device: torch.device = policy.device
         networks = [engine.module for engine in (policy, critic) if engine is not None]
-        self.padded: bool = any(getattr(network, "layout", "flat") != "flat" for network in networks)
+        self.padded: bool = any(network.layout != "flat" for network in networks)
         self._alone = alone if critic is not None else 0
         self._engines: dict[TermGroup, Engine] = {"policy": policy} | ({"critic": critic} if critic else {})
 

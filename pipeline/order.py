@@ -86,10 +86,8 @@ def _level_bins(rows: list[int], lengths: np.ndarray, count: int, budget: int) -
 def _like_bins(rows: list[int], lengths: np.ndarray, count: int, budget: int) -> list[list[int]]:
     """Cut rows (longest first) into at most `count` bins of like lengths, the dearest bin as cheap as possible."""
     longest = int(lengths[rows[0]])
-    low, high = (
-        min(longest, budget),
-        longest * len(rows),
-    )  # cheaper than the longest row, or than allowed, gains nothing
+    # Cheaper than the longest row, or than allowed, gains nothing.
+    low, high = min(longest, budget), longest * len(rows)
     while low < high:  # bisection on the cost of a bin
         middle = (low + high) // 2
         if len(_greedy_bins(rows, lengths, middle)) <= count:
