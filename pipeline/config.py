@@ -49,6 +49,15 @@ Attention = Literal["auto", "sdpa", "eager", "flex_attention"]
 # --------------------------------------------------------------------------------------------------- data
 
 
+def _check_answer_pattern(pattern: str) -> None:
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"answer_pattern: no regular expression ({error})") from None
+    if groups != 1:
+        raise ValueError(f"answer_pattern: needs one group (…) around the answer, has {groups}")
+
+
 class TrajectoryColumns(Section):
     """Where one trajectory lies in a record of another layout; columns may be dotted: `model_a.solution`."""
 
@@ -71,12 +80,7 @@ class TrajectoryColumns(Section):
     def _one_reward(self) -> TrajectoryColumns:
         if self.reward is not None and self.answer is not None:
             raise ValueError("answer: remove it, or remove reward (only one can be the terminal reward)")
-        try:
-            groups = re.compile(self.answer_pattern).groups
-        except re.error as error:
-            raise ValueError(f"answer_pattern: no regular expression ({error})") from None
-        if groups != 1:
-            raise ValueError(f"answer_pattern: needs one group (…) around the answer, has {groups}")
+        _check_answer_pattern(self.answer_pattern)
         return self
 
 
@@ -380,12 +384,7 @@ class EvaluationConfig(Section):
 
     @model_validator(mode="after")
     def _one_group(self) -> EvaluationConfig:
-        try:
-            groups = re.compile(self.answer_pattern).groups
-        except re.error as error:
-            raise ValueError(f"answer_pattern: no regular expression ({error})") from None
-        if groups != 1:
-            raise ValueError(f"answer_pattern: needs one group (…) around the answer, has {groups}")
+        _check_answer_pattern(self.answer_pattern)
         return self
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from pipeline import checkpoint
 from pipeline.config import ConfigError
-from pipeline.durable import write_json
 from pipeline.export import EXPORT, export
 from pipeline.report import Point, write_sweep_report
 from pipeline.report import Trial as Shown
@@ -18,7 +17,7 @@ from pipeline.tracking import Tracker
 from tune.plan import Sweep
 from tune.table import Trial, short
 
-EVALUATION, PAGE = "evaluation.json", "sweep.html"
+PAGE = "sweep.html"
 REWARD, KL = "samples/reward", "samples/kl"
 
 
@@ -32,9 +31,7 @@ def evaluate(sweep: Sweep, local: bool) -> None:
         config = sweep.config_of(trial)
         silent = config.tracking.model_copy(update={"enabled": False})
         found = measure(config.model_copy(update={"tracking": silent, "checkpoint_from": trial.run}), local, True)
-        numbers = {name: float(value) for name, value in found.items()}
-        write_json(sweep.trial_folder(trial) / EVALUATION, numbers)
-        sweep.table.change(trial.number, evaluation=numbers)
+        sweep.table.change(trial.number, evaluation={name: float(value) for name, value in found.items()})
 
 
 def conclude(sweep: Sweep, parent: Tracker) -> tuple[Trial | None, Path | None]:

@@ -15,9 +15,7 @@ from torch import Tensor
 
 from pipeline.decoding.choice import Filters, next_tokens, stream
 from pipeline.decoding.contract import Completion, Prompt, Tools, check_lengths, portions
-from pipeline.decoding.prefixes import Prefixes, last_logits_only
-
-__all__ = ["continue_to_end", "last_logits_only", "sample"]
+from pipeline.decoding.prefixes import Prefixes
 
 
 def sample(tools: Tools, prompts: Sequence[Prompt]) -> list[Completion]:
