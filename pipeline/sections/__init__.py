@@ -1,0 +1,1 @@
+"""The sections of `config.RunConfig`, by subject."""

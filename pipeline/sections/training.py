@@ -1,0 +1,103 @@
+"""Sections of the configuration about training: optimizers, steps, workers, checkpoints, tracking."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pipeline.sections.base import Count, Fraction, Positive, Section
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: Positive = 1e-6
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Positive | None = 1.0
+    """Global gradient-norm bound; null: none."""
+    schedule: Literal["cosine", "linear", "constant", "hold_decay"] = "cosine"
+    """After the warm-up; `hold_decay` stays at lr and falls linearly over the last `decay_fraction` of all steps."""
+    decay_fraction: Fraction = 0.5
+    """Share of all steps in which `hold_decay` falls."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Linear warm-up; default: `warmup_fraction` of all steps."""
+    warmup_fraction: Fraction = 0.1
+    final_lr_fraction: Fraction = 0.0
+    """Where cosine and linear end, as a share of lr."""
+
+
+class CriticOptimizerConfig(OptimizerConfig):
+    """The same for the critic, which has more to learn than the policy."""
+
+    lr: Positive = 1e-5
+
+
+class CriticConfig(Section):
+    """The value network V(s), for objectives that have one. It starts from the policy's weights, with V = 0."""
+
+    architecture: Literal["separate", "head"] = "separate"
+    """A transformer of its own (with LoRA where the policy has it), or a linear head on the policy's hidden states,
+    which its loss does not change."""
+    optimizer: CriticOptimizerConfig = CriticOptimizerConfig()
+    """Its own AdamW and schedule."""
+    steps_alone: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps at the start that train the critic alone (they count as steps, of the policy's schedule as well)."""
+
+
+class TrainConfig(Section):
+    """How long, and in what portions."""
+
+    epochs: Count = 1
+    max_steps: Count | None = None
+    """Stop after this many optimizer steps, whatever `epochs` says."""
+    rows_per_step: Count = 16
+    """Prompts per optimizer step, over all workers: the effective batch, whatever the worker count."""
+    tokens_per_micro_batch: Count = 4096
+    """Padded tokens of one forward on one worker; gradients accumulate until the step's rows are through."""
+    eval_every: Count | None = None
+    """Evaluate on the held-out rows every N steps; default: at the end of each epoch."""
+
+
+class ScalingConfig(Section):
+    """Workers and what each one gets."""
+
+    workers: Count = 1
+    cpus_per_worker: Positive = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """One float32 worker without offload runs at stage 0 whatever this says: it has nothing to share."""
+    offload_optimizer: bool = False
+    """Keep optimizer state in host memory (needs a C++ compiler: DeepSpeed builds its CPU Adam)."""
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """Worker failures after which a run gives up; −1: never."""
+    data_actors: Count | None = None
+    """Upper bound of actors per Ray Data stage; default: what the cluster can hold."""
+
+
+class CheckpointConfig(Section):
+    """When to save, what to keep."""
+
+    every: Count = 100
+    """Optimizer steps between checkpoints; the last step is always saved."""
+    keep: Count = 2
+    """Newest checkpoints to keep, beside the best."""
+    best: str = "eval/loss"
+    """Metric whose lowest value marks the best checkpoint (prefix − for highest, e.g. −eval/accuracy)."""
+    export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Precision of the exported safetensors."""
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    enabled: bool = True
+    uri: str | None = None
+    """Default: MLFLOW_TRACKING_URI, else a sqlite file in `storage`."""
+    experiment: str = "qalign"
+    register_as: str | None = None
+    """Register the exported model under this name (copies the weights)."""
+    copy_model: bool = False
+    """Copy the exported model into the run's artifacts; default: only its path is recorded."""
