@@ -192,3 +192,18 @@ def ray_cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def qalign(make_config, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """qalign("train", "key=value", "--flag") → (status, stdout, stderr) of a tiny run."""
+    from jobs.cli import main
+
+    make_config()
+
+    def call(job: str, *arguments: str) -> tuple[int, str, str]:
+        capfd.readouterr()
+        status = main([job, str(tmp_path / "config.yaml"), "--local", *arguments])
+        return status, *capfd.readouterr()
+
+    return call

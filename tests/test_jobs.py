@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from jobs.cli import main
 from pipeline import checkpoint
-
-
-@pytest.fixture
-def qalign(make_config, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """qalign("train", "key=value", "--flag") → (status, stdout, stderr) of a tiny run."""
-    make_config()
-
-    def call(job: str, *arguments: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        status = main([job, str(tmp_path / "config.yaml"), "--local", *arguments])
-        return status, *capfd.readouterr()
-
-    return call
 
 
 def error_of(result: tuple[int, str, str]) -> str:

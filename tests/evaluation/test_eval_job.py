@@ -8,23 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.cli import main
 from pipeline.evaluation import EVALUATORS
 from pipeline.evaluation.findings import METRICS
 from pipeline.evaluation.results import read
 from pipeline.evaluation.study import Study
-
-
-@pytest.fixture
-def qalign(make_config, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    make_config()
-
-    def call(job: str, *arguments: str) -> tuple[int, str, str]:
-        capfd.readouterr()
-        status = main([job, str(tmp_path / "config.yaml"), "--local", *arguments])
-        return status, *capfd.readouterr()
-
-    return call
 
 
 @pytest.mark.parametrize(
