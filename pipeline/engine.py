@@ -329,7 +329,6 @@ def import_deepspeed() -> Any:
 def _initialize(policy: nn.Module, optimizer: torch.optim.Optimizer, settings: dict, device: torch.device) -> Any:
     """DeepSpeed's engine on this device, quietly, and with nothing left of an earlier process group."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)  # it would take a GPU wherever there is one
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # set by Ray; required also of a process alone
     deepspeed = import_deepspeed()
     from deepspeed.runtime import bf16_optimizer
     from deepspeed.utils import groups, logger
@@ -345,4 +344,11 @@ def _initialize(policy: nn.Module, optimizer: torch.optim.Optimizer, settings: d
         except ValueError:  # destroyed since: this process has joined another group
             groups._release_process_group_references()
     bf16_optimizer.see_memory_usage = lambda *_, **__: None  # stage 1 in bfloat16 prints a table at every move
-    return deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)[0]
+    # Set by Ray; DeepSpeed requires it also of a process alone, where it must not stay: others take it for a launcher's.
+    alone = "LOCAL_RANK" not in os.environ
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    try:
+        return deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)[0]
+    finally:
+        if alone:
+            del os.environ["LOCAL_RANK"]

@@ -42,6 +42,8 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     command = [str(BIN / "ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir=/tmp/qalign-{port}"]
     command += [f"--ray-client-server-port={free_port()}", "--object-store-memory=300000000"]
+    # Without a port of its own the agent takes a fixed one, and where another Ray has it no job is ever accepted.
+    command += ["--dashboard-agent-listen-port=0"]
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
