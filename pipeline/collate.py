@@ -74,6 +74,7 @@ def collate(rows: Sequence[Row], pad_id: int = 0) -> Batch:
         weight=torch.tensor([row.weight for row in rows]),
         row_ids=torch.tensor([row.row_id for row in rows]),
         ref_logprobs=ref_logprobs,
+        ref_states=torch.cat([row.ref_states for row in rows]) if rows[0].ref_states is not None else None,  # type: ignore[misc]
         token_rewards=token_rewards,
         behaviour_logprobs=behaviour_logprobs,
     )

@@ -50,6 +50,14 @@ REFERENCE_SCHEMA = pa.schema(
 )
 """Per-token reference log-probabilities, a cache of its own that joins the rows by `row_id`."""
 
+STATES_SCHEMA = pa.schema(
+    [
+        pa.field("row_id", pa.int64(), nullable=False),
+        pa.field("ref_states", pa.large_binary(), nullable=False),  # [n, D] of the manifest's dtype, n trained tokens
+    ]
+)
+"""The reference's last hidden states, for an exact KL without its trunk. Optional; joins the rows by `row_id`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -59,6 +67,7 @@ class Row:
     prompt_ids: list[int]  # [P]
     response_ids: list[list[int]]  # K × [R_k]
     ref_logprobs: list[list[float]] | None = None  # K × [R_k]
+    ref_states: Tensor | None = None  # [n, D]: the reference's states that predict the row's n trained tokens
     weight: float = 1.0  # 0 = filler: keeps ranks in step, changes nothing
     trained: list[list[bool]] | None = None  # K × [R_k]: False on the environment's tokens
     token_rewards: list[list[float]] | None = None  # K × [R_k]
@@ -88,6 +97,7 @@ class Batch:
     weight: Tensor  # [B] float32: 0 for fillers
     row_ids: Tensor  # [B] int64
     ref_logprobs: Tensor | None = None  # [B, K, R] float32, 0 where masked
+    ref_states: Tensor | None = None  # [N, D], in the order of response_mask's True places
     token_rewards: Tensor | None = None  # [B, K, R] float32; may stand on the environment's tokens, too
     behaviour_logprobs: Tensor | None = None  # [B, K] float32: log μ(response), nan where not logged
     carried: Mapping[str, float] = field(default_factory=dict)  # `Needs.carried` metrics of the step before

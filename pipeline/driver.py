@@ -23,6 +23,7 @@ from pipeline.export import EXPORT, RUN_FILE, export
 from pipeline.loop import Job, Plan, train_worker
 from pipeline.pretrained import fingerprint, load_config, load_tokenizer, locate, precision
 from pipeline.progress import LOG_FILE, METRICS_FILE, Monitor, read_metrics
+from pipeline.reference_cost import states_folder
 from pipeline.rows import Rows
 from pipeline.tracking import Tracker, start, tracking_uri
 
@@ -42,6 +43,9 @@ class Prepared:
     frozen: str  # the reference's weights
     rows: Path
     reference: Path | None  # its log-probs of the rows, where the objective asks for them
+    states: Path | None = (
+        None  # its hidden states, where the objective asks for an exact KL and reading them is cheaper
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +106,10 @@ def prepare(config: RunConfig, local: bool = False, meanwhile: tuple[str, ...] =
     rows = data.prepare(config, model, local)
     needs = config.objective.needed()
     _check_rows(config, rows)
+    states = states_folder(config, rows, frozen, local) if needs.kl != "none" else None
     asked = needs.reference != "none"
-    return Prepared(model, frozen, rows, reference.score(config, rows, frozen, local) if asked else None)
+    scored = reference.score(config, rows, frozen, local, states) if asked or states else None
+    return Prepared(model, frozen, rows, scored if asked else None, states)
 
 
 def _check_vocabularies(config: RunConfig, model: str, frozen: str) -> None:
@@ -204,7 +210,7 @@ def open_run(config: RunConfig, prepared: Prepared) -> tuple[Path, str]:
 def job_for(config: RunConfig, prepared: Prepared, run: Path) -> Job:
     """What the workers of this run are told."""
     frozen = prepared.frozen if config.objective.needed().kl != "none" else None
-    return Job(config, run, prepared.rows, prepared.reference, prepared.model, frozen)
+    return Job(config, run, prepared.rows, prepared.reference, prepared.model, frozen, prepared.states)
 
 
 def last_metrics(run: Path) -> dict[str, float]:

@@ -29,13 +29,16 @@ from pipeline.pretrained import precision
 from pipeline.reward import RewardNetwork, load_reward_network
 
 
-def load_networks(config: RunConfig, model: str, frozen: str | None) -> tuple[Policy | RewardNetwork, Critic | None]:
-    """The networks that the objective asks for, from the weights at `model`; `frozen` holds the reference's."""
+def load_networks(
+    config: RunConfig, model: str, frozen: str | None, cached: bool = False
+) -> tuple[Policy | RewardNetwork, Critic | None]:
+    """The networks that the objective asks for, from the weights at `model`; `frozen` holds the reference's, whose states
+    come with each batch where they are `cached`."""
     needs = config.objective.needed()
     if needs.model == "reward":
         return load_reward_network(config.model, model), None
     head = needs.critic and config.critic.architecture == "head"
-    policy = load_policy(config.model, model, needs, frozen, keep_states=head)
+    policy = load_policy(config.model, model, needs, frozen, head, cached)
     return policy, load_critic(config, model) if needs.critic else None
 
 
@@ -90,10 +93,16 @@ class Learner:
 
     @classmethod
     def start(
-        cls, config: RunConfig, model: str, frozen: str | None, device: torch.device, resume: Path | None
+        cls,
+        config: RunConfig,
+        model: str,
+        frozen: str | None,
+        device: torch.device,
+        resume: Path | None,
+        cached: bool = False,
     ) -> Learner:
-        """Load the networks and go on from the checkpoint `resume`, if there is one."""
-        network, critic = load_networks(config, model, frozen)
+        """Load the networks and go on from the checkpoint `resume`, if there is one; the others: as `load_networks`."""
+        network, critic = load_networks(config, model, frozen, cached)
         config = _unshared(config)
         if isinstance(network, Policy):
             network.place(device)

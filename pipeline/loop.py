@@ -110,20 +110,22 @@ class Job:
     reference: Path | None  # their reference log-probs
     model: str  # located weights (a hub name or folder)
     frozen: str | None = None  # the reference's, for objectives that need its whole distribution
+    states: Path | None = None  # its hidden states, where they are cached
 
     def plain(self) -> dict[str, Any]:
         paths = {
             "run": str(self.run),
             "rows": str(self.rows),
             "reference": str(self.reference) if self.reference else None,
+            "states": str(self.states) if self.states else None,
         }
         return {"config": self.config.dump(), "model": self.model, "frozen": self.frozen, **paths}
 
     @classmethod
     def parse(cls, plain: dict[str, Any]) -> Job:
-        reference = Path(plain["reference"]) if plain["reference"] else None
+        reference, states = (Path(plain[name]) if plain[name] else None for name in ("reference", "states"))
         paths = Path(plain["run"]), Path(plain["rows"]), reference
-        return cls(validate(plain["config"]), *paths, plain["model"], plain["frozen"])
+        return cls(validate(plain["config"]), *paths, plain["model"], plain["frozen"], states)
 
 
 def train_worker(plain: dict[str, Any], stop: Callable[[], bool] | None = None) -> None:
@@ -141,11 +143,11 @@ def train_worker(plain: dict[str, Any], stop: Callable[[], bool] | None = None) 
 
 def _train(job: Job, device: torch.device, stop: Callable[[], bool] | None) -> None:
     config, rank = job.config, dist.get_rank()
-    rows = Rows(job.rows, job.reference)
+    rows = Rows(job.rows, job.reference, job.states)
     split = rows.split(config.data, config.seed)
     plan = Plan(config, rows.lengths[split.train])
     saver = Saver.begin(job)
-    learner = Learner.start(config, job.model, job.frozen, device, saver.resume)
+    learner = Learner.start(config, job.model, job.frozen, device, saver.resume, cached=job.states is not None)
     watch = Watch(config.objective, saver.metrics)
     log = MetricsFile(job.run / METRICS_FILE, after=saver.step) if rank == 0 else None
     try:

@@ -24,6 +24,17 @@ from pipeline.pretrained import load_causal_lm, precision
 from pipeline.trunk import PROBE, choose_layout, probe_batch, token_states
 
 
+class OutputHead(nn.Module):
+    """What is left of a language model without its trunk: turns hidden states that were cached into logits."""
+
+    def __init__(self, lm: nn.Module) -> None:
+        super().__init__()
+        self.config, self.head = lm.config, lm.get_output_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
 class Policy(nn.Module):
     """log π(response | prompt) per token, for any causal language model of transformers.
 
@@ -32,7 +43,8 @@ class Policy(nn.Module):
         lora: adapter settings, or None to train all weights.
         kl: which exact per-token KL to the reference to compute (`Needs.kl`); the reference is `frozen`, or with LoRA
             and without `frozen` the same model with the adapter off.
-        frozen: the reference. It is no submodule: neither trained, nor partitioned, nor saved.
+        frozen: the reference, or its `OutputHead` where its states are cached (`Batch.ref_states`). It is no submodule:
+            neither trained, nor partitioned, nor saved.
         keep_states: fill `PolicyOut.states`, for a value head on this trunk.
     """
 
@@ -55,7 +67,7 @@ class Policy(nn.Module):
         if lora is not None:
             object.__setattr__(self, "_adapter", add_lora(lm, lora))  # not a submodule: parameters keep one name
         self._reference_layout = self.layout
-        if frozen is not None:
+        if frozen is not None and not isinstance(frozen, OutputHead):
             remove_dropout(frozen)
             self._reference_layout = choose_layout(frozen)
         object.__setattr__(self, "_frozen", frozen)
@@ -80,6 +92,8 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _reference_states(self, batch: Batch) -> Tensor:
+        if batch.ref_states is not None:
+            return batch.ref_states
         with self._reference_weights() as lm:
             return token_states(lm, batch, self._reference_layout)
 
@@ -117,10 +131,12 @@ def load_policy(
     needs: Needs | None = None,
     frozen: str | Path | None = None,
     keep_states: bool = False,
+    cached: bool = False,
 ) -> Policy:
     """The policy of a run, from the folder or hub name that `pretrained.locate` gave.
 
-    needs, frozen: what the objective asks of it, and the reference's weights, where that is an exact KL.
+    needs, frozen: what the objective asks of it, and the reference's weights, where that is an exact KL; `cached`: every
+        batch will bring the reference's states, so that of the reference only the head is kept.
     """
 
     def load(source: str | Path) -> nn.Module:
@@ -130,6 +146,8 @@ def load_policy(
     beside = kl != "none" and (config.lora is None or str(frozen) != str(path))
     assert not beside or frozen is not None
     reference = load(frozen).requires_grad_(False) if beside and frozen is not None else None
+    if reference is not None and cached:
+        reference = OutputHead(reference)
     policy = Policy(load(path), config.lora, kl, reference, keep_states)
     if config.activation_checkpointing:
         policy.enable_activation_checkpointing()

@@ -1,6 +1,7 @@
-"""Per-token reference log-probabilities of prepared rows, computed once on the whole cluster.
+"""What the frozen reference says of prepared rows, computed once on the whole cluster: per-token log-probabilities, and where
+an objective asks for the exact KL and it is cheaper (`reference_cost`), the last hidden states.
 
-Rows are sorted by length and cut into pieces of equal cost; an actor holds the frozen reference and writes one part per
+Rows are sorted by length and cut into pieces of equal cost; an actor holds the reference and writes one part per
 piece. The folder's name hashes the rows, the weights and the precision, so a stale cache is never found; an unfinished
 one is refused by `rows.Rows` and continued here.
 """
@@ -17,10 +18,10 @@ import torch
 
 from pipeline.collate import collate
 from pipeline.config import ModelConfig, RunConfig, digest
-from pipeline.contracts import REFERENCE_SCHEMA
+from pipeline.contracts import REFERENCE_SCHEMA, STATES_SCHEMA
 from pipeline.model import Policy, load_policy
 from pipeline.order import micro_batches
-from pipeline.pretrained import fingerprint, precision
+from pipeline.pretrained import fingerprint, load_config, precision
 from pipeline.rows import MANIFEST, Rows, finish, is_finished, part_of, write_part
 from pipeline.stage import Item, Resources, run_stage
 
@@ -29,32 +30,52 @@ PIECE_TOKENS = 32768
 
 
 class ScoreRows:
-    """The actor: row positions → one part of reference log-probs."""
+    """The actor: row positions → one part of reference log-probs, and one of hidden states where there is a folder for them."""
 
-    def __init__(self, folder: str, rows: str, model: str, config: dict[str, Any], budget: int, gpu: bool) -> None:
-        self.folder, self.rows, self.budget = Path(folder), Rows(Path(rows)), budget
+    def __init__(
+        self, folder: str, states: str | None, rows: str, model: str, config: dict[str, Any], budget: int, gpu: bool
+    ) -> None:
+        self.folder, self.states = Path(folder), Path(states) if states else None
+        self.rows, self.budget = Rows(Path(rows)), budget
         settings = ModelConfig.model_validate(config).model_copy(
             update={"lora": None, "activation_checkpointing": False}
         )
         self.device = torch.device("cuda" if gpu else "cpu")
-        self.policy: Policy = load_policy(settings, model).to(self.device).eval()
+        self.policy: Policy = load_policy(settings, model, keep_states=states is not None).to(self.device).eval()
 
     def __call__(self, item: Item) -> Item:
-        if not is_whole(part_of(self.folder, item["number"])):
-            write_part(self.folder, item["number"], self._score(item["positions"]))
+        folders = [folder for folder in (self.folder, self.states) if folder is not None]
+        missing = [folder for folder in folders if not is_whole(part_of(folder, item["number"]))]
+        if missing:
+            for folder, table in zip(folders, self.tables(item["positions"]), strict=True):
+                if folder in missing:
+                    write_part(folder, item["number"], table)
         return {"rows": len(item["positions"])}
 
     @torch.inference_mode()
-    def _score(self, positions: list[int]) -> pa.Table:
+    def tables(self, positions: list[int]) -> list[pa.Table]:
+        """Log-probs of these rows, and behind them the states where they are kept."""
         ids: list[int] = []
         logprobs: list[list[list[float]]] = []
+        states: list[bytes] = []
         for micro in micro_batches(positions, self.rows.lengths, 1, self.budget, self.policy.layout != "flat")[0]:
             rows = self.rows.take(micro)
-            out = self.policy(collate(rows).to(self.device)).logprobs.cpu()
-            for row, found in zip(rows, out, strict=True):
+            batch = collate(rows)
+            out = self.policy(batch.to(self.device))
+            for row, found in zip(rows, out.logprobs.cpu(), strict=True):
                 ids.append(row.row_id)
                 logprobs.append([found[k, : len(r)].tolist() for k, r in enumerate(row.response_ids)])
-        return pa.Table.from_pydict({"row_id": ids, "ref_logprobs": logprobs}, schema=REFERENCE_SCHEMA)
+            if out.states is not None:
+                own = batch.response_mask.flatten(1).sum(-1).tolist()  # trained tokens of each row
+                states += map(_bytes, out.states.cpu().split(own))
+        tables = [pa.Table.from_pydict({"row_id": ids, "ref_logprobs": logprobs}, schema=REFERENCE_SCHEMA)]
+        if self.states is not None:
+            tables.append(pa.Table.from_pydict({"row_id": ids, "ref_states": states}, schema=STATES_SCHEMA))
+        return tables
+
+
+def _bytes(states: torch.Tensor) -> bytes:
+    return states.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def is_whole(part: Path) -> bool:
@@ -67,36 +88,64 @@ def is_whole(part: Path) -> bool:
     return True
 
 
-def score(config: RunConfig, rows_folder: Path, model: str, local: bool = False) -> Path:
-    """Reference log-probs of all rows under the weights at `model`; returns their finished folder."""
+def folder_of(config: RunConfig, rows_folder: Path, model: str, kind: str) -> Path:
+    """Where what `model` says of these rows is, or will be."""
     cache = Path(config.storage) / "cache"
     dtype = str(precision(config.model.dtype))
     key = digest(1, rows_folder.name, fingerprint(model, cache), dtype, config.model.attention)
-    folder = cache / f"reference-{key}"
-    if is_finished(folder):
+    return cache / f"{kind}-{key}"
+
+
+def score(config: RunConfig, rows_folder: Path, model: str, local: bool = False, states: Path | None = None) -> Path:
+    """Reference log-probs of all rows under the weights at `model`; returns their finished folder.
+
+    states: write the hidden states, too, from the same forward, into this folder.
+    """
+    folder = folder_of(config, rows_folder, model, "reference")
+    folders = [folder, *([states] if states else [])]
+    if all(map(is_finished, folders)):
         return folder
-    if (folder / MANIFEST).is_file():  # it was finished and is damaged: no part of it can be trusted
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    gpu = config.scaling.gpus_per_worker > 0
+    for one in folders:
+        if (one / MANIFEST).is_file() and not is_finished(one):  # it is damaged: no part of it can be trusted
+            shutil.rmtree(one)
+        one.mkdir(parents=True, exist_ok=True)
     pieces = _pieces(Rows(rows_folder).lengths)
-    arguments = {
+    items = [{"number": i, "positions": piece.tolist()} for i, piece in enumerate(pieces)]
+    arguments = actor_arguments(config, rows_folder, model, folder, states)
+    label, resources = "reference", actor_resources(config)
+    done = run_stage(ScoreRows, arguments, items, label=label, resources=resources, local=local, unit="piece")
+    meta = {
+        "rows": sum(item["rows"] for item in done),
+        "model": model,
+        "dtype": str(precision(config.model.dtype)).removeprefix("torch."),
+    }
+    width = load_config(model, config.model.trust_remote_code).get_text_config().hidden_size
+    for one in folders:
+        if not is_finished(one):
+            finish(one, len(pieces), meta | ({"width": width} if one == states else {}))
+    Rows(rows_folder, folder, states)  # refuses missing rows
+    return folder
+
+
+def actor_arguments(
+    config: RunConfig, rows_folder: Path, model: str, folder: Path, states: Path | None
+) -> dict[str, Any]:
+    """What `ScoreRows` is made with."""
+    return {
         "folder": str(folder),
+        "states": str(states) if states else None,
         "rows": str(rows_folder),
         "model": model,
         "config": config.model.model_dump(mode="json"),
         "budget": config.train.tokens_per_micro_batch,
-        "gpu": gpu,
+        "gpu": config.scaling.gpus_per_worker > 0,
     }
-    resources = Resources(
-        cpus=config.scaling.cpus_per_worker, gpus=config.scaling.gpus_per_worker, actors=config.scaling.data_actors
-    )
-    items = [{"number": i, "positions": piece.tolist()} for i, piece in enumerate(pieces)]
-    done = run_stage(ScoreRows, arguments, items, label="reference", resources=resources, local=local, unit="piece")
-    total = sum(item["rows"] for item in done)
-    finish(folder, len(pieces), {"rows": total, "model": model, "dtype": dtype})
-    Rows(rows_folder, folder)  # refuses missing rows
-    return folder
+
+
+def actor_resources(config: RunConfig) -> Resources:
+    """An actor gets what a training worker gets."""
+    scaling = config.scaling
+    return Resources(cpus=scaling.cpus_per_worker, gpus=scaling.gpus_per_worker, actors=scaling.data_actors)
 
 
 def _pieces(lengths: np.ndarray) -> list[np.ndarray]:

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from pipeline.config import ConfigError, DataConfig
-from pipeline.contracts import REFERENCE_SCHEMA, ROW_SCHEMA, Row
+from pipeline.contracts import REFERENCE_SCHEMA, ROW_SCHEMA, STATES_SCHEMA, Row
 from pipeline.durable import write_json
 from pipeline.errors import UserError
 from pipeline.order import MicroBatch
@@ -111,9 +112,10 @@ class Rows:
     Args:
         folder: what `data.prepare` wrote.
         reference: what `reference.score` wrote for these rows, or None.
+        states: the hidden states that it wrote beside, or None.
     """
 
-    def __init__(self, folder: Path, reference: Path | None = None) -> None:
+    def __init__(self, folder: Path, reference: Path | None = None, states: Path | None = None) -> None:
         table = _open_parts(folder, ROW_SCHEMA)
         ids = table.column("row_id").to_numpy()
         order = np.argsort(ids, kind="stable")
@@ -126,6 +128,12 @@ class Rows:
         if reference is not None:
             self._reference = _open_parts(reference, REFERENCE_SCHEMA)
             self._reference_order = _join(self.row_ids, self._reference.column("row_id").to_numpy(), reference)
+        self._states: pa.Table | None = None
+        if states is not None:
+            self._states = _open_parts(states, STATES_SCHEMA)
+            self._states_order = _join(self.row_ids, self._states.column("row_id").to_numpy(), states)
+            form = manifest(states)
+            self._states_form: tuple[torch.dtype, int] = getattr(torch, form["dtype"]), form["width"]
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -135,7 +143,16 @@ class Rows:
         found = {name: _cell(self._table, name, place) for name in _COLUMNS}
         if self._reference is not None:
             found["ref_logprobs"] = _cell(self._reference, "ref_logprobs", int(self._reference_order[position]))
+        if self._states is not None:
+            found["ref_states"] = self._states_at(int(self._states_order[position]))
         return Row(**found)
+
+    def _states_at(self, place: int) -> torch.Tensor:
+        """[n, D]; a copy, as the file is mapped read-only."""
+        assert self._states is not None
+        content = np.frombuffer(self._states.column("ref_states")[place].as_buffer(), dtype=np.uint8).copy()
+        dtype, width = self._states_form
+        return torch.from_numpy(content).view(dtype).view(-1, width)
 
     def source(self, position: int) -> str:
         """Where the row came from, `file:line`."""
@@ -205,7 +222,7 @@ def _join(wanted: np.ndarray, found: np.ndarray, folder: Path) -> np.ndarray:
     if not ok.all():
         missing = wanted[~ok]
         raise StaleCache(
-            f"{folder}: {len(missing)} rows have no reference log-probs (first row ids {missing[:5].tolist()}); "
+            f"{folder}: {len(missing)} rows are not in it (first row ids {missing[:5].tolist()}); "
             "delete the folder and run `qalign prepare` again"
         )
     return order[places]

@@ -14,14 +14,20 @@ from pipeline import checkpoint, data, loop, reference
 from pipeline.driver import fit
 from pipeline.loop import Diverged, Job, train_worker
 from pipeline.progress import METRICS_FILE, read_metrics
+from pipeline.reference_cost import states_folder
+from tests.conftest import save_tiny_llama
 
 
 def job_of(config, name: str = "run") -> Job:
     rows = data.prepare(config, config.model.path, local=True)
-    scored = reference.score(config, rows, config.model.path, local=True)
+    frozen, states = None, None
+    if config.objective.needed().kl != "none":
+        frozen = config.model.reference
+        states = states_folder(config, rows, frozen, local=True)
+    scored = reference.score(config, rows, frozen or config.model.path, local=True, states=states)
     run = Path(config.storage) / name
     run.mkdir(parents=True)
-    return Job(config, run, rows, scored, config.model.path)
+    return Job(config, run, rows, scored, config.model.path, frozen, states)
 
 
 def train(job: Job) -> list[dict]:
@@ -53,6 +59,21 @@ def test_dpo_starts_at_ln_2_and_learns_the_preference(make_config) -> None:
     assert metrics[-1]["accuracy"] == 1.0
     assert metrics[-1]["reward/margin"] > 1.0
     assert metrics[-1]["epoch"] == 6.0
+
+
+@pytest.mark.slow
+def test_tdpo_learns_the_same_from_cached_states_as_from_the_live_reference(make_config, tmp_path: Path) -> None:
+    other = save_tiny_llama(tmp_path / "other", seed=1)
+    settings = ["objective={name: tdpo}", f"model.reference={other}", "train.epochs=2"]
+    live = job_of(make_config(*settings, "model.reference_states=live"), "live")
+    cached = job_of(make_config(*settings, "model.reference_states=cached"), "cached")
+    assert live.states is None
+    assert cached.states is not None
+    assert live.reference == cached.reference, "how the KL is computed is no part of a run's identity"
+    keep = ("loss", "grad_norm", "kl/chosen", "kl/rejected")
+    lines = [[[line[k] for k in keep] for line in train(job)] for job in (live, cached)]
+    assert lines[0][0][2] > 0.1, "two models differ"
+    torch.testing.assert_close(*map(torch.tensor, lines), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow

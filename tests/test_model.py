@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -9,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pipeline.collate import collate
 from pipeline.config import ConfigError, LoraSection
 from pipeline.contracts import Row
-from pipeline.model import Policy
+from pipeline.model import OutputHead, Policy
+from pipeline.trunk import token_states
 
 BASE = {
     "vocab_size": 97,
@@ -190,6 +193,25 @@ def test_kl_to_the_frozen_reference_is_exact_and_only_the_policy_gets_a_gradient
         torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3)
     assert all(p.grad is None for p in frozen.parameters())
     assert not any(p is q for p in policy.parameters() for q in frozen.parameters()), "the engine never sees it"
+
+
+@pytest.mark.parametrize(("name", "lora"), [("granite", None), ("llama", LoraSection(r=4, alpha=8))])
+def test_cached_states_give_the_kl_and_the_gradient_of_the_live_reference(name: str, lora: LoraSection | None) -> None:
+    frozen, batch = build(name), collate(ROWS)  # granite's head scales the logits
+    cached = replace(batch, ref_states=token_states(frozen, batch, "separate").detach())
+    found = []
+    for given, beside in ((batch, frozen), (cached, OutputHead(frozen))):
+        policy = Policy(build(name), lora, kl="forward", frozen=None if lora else beside)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.add_((1.0 if lora else 0.3) * torch.randn_like(p) * p.requires_grad)
+        out = policy(given)
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        found.append([out.logprobs, out.kl, *torch.autograd.grad(out.kl.sum(), trained)])
+    assert found[0][1].max() > 0.05
+    for live, read in zip(*found, strict=True):
+        torch.testing.assert_close(read, live, atol=2e-5, rtol=1e-4)
 
 
 def test_lora_trains_adapters_only_and_its_reference_is_the_base_model() -> None:

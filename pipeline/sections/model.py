@@ -25,6 +25,9 @@ class ModelConfig(Section):
     """Hub name, folder, `package:smollm2` (ships with the demo extra), or a run's folder (starts from its export)."""
     reference: str | None = None
     """The frozen reference; default: the model that training starts from."""
+    reference_states: Literal["auto", "cached", "live"] = "auto"
+    """For an exact KL (`tdpo`): the reference's last hidden states are read from a cache, or the reference runs beside the policy.
+    `auto` measures both on the first rows, and takes the cheaper one that fits the disk."""
     dtype: Precision = "auto"
     """`auto`: bfloat16 where the processor has it natively, else float32. Master weights are float32 either way."""
     attention: Attention = "auto"
