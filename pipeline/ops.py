@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 LOGIT_CHUNK_BYTES = 128 * 2**20
 """Size of one chunk's float32 logits. Small enough to stay in memory next to any model, large enough for full GEMM speed."""
 
-KEPT_BYTES = 128 * 2**20
+KEPT_BYTES = 256 * 2**20
 """Of the first chunks so many bytes stay for the backward pass; later ones are projected a second time there."""
 
 
@@ -101,42 +101,54 @@ def _logprobs_and_kl(
 ) -> tuple[Tensor, Tensor]:
     logits = project(hidden).float()
     with torch.no_grad():
-        ref_logp = ref_project(ref_hidden).float().log_softmax(-1)
-    if logits.shape != ref_logp.shape:
+        ref_logits = ref_project(ref_hidden).float()
+    if logits.shape != ref_logits.shape:
         raise ValueError(
-            f"model.reference: its vocabulary has {ref_logp.shape[-1]} entries, the policy's {logits.shape[-1]}; "
+            f"model.reference: its vocabulary has {ref_logits.shape[-1]} entries, the policy's {logits.shape[-1]}; "
             "a KL needs two models of one vocabulary"
         )
-    return _SelectedAndKL.apply(logits, ids, ref_logp, kl)
+    return _SelectedAndKL.apply(logits, ids, ref_logits, kl)
 
 
 class _SelectedAndKL(torch.autograd.Function):
-    """log π[ids] and KL(π_ref ‖ π) ("forward") or KL(π ‖ π_ref) ("reverse") of [n, V] → [n], [n].
+    """log π[ids] and KL(π_ref ‖ π) ("forward") or KL(π ‖ π_ref) ("reverse") of logits [n, V] → [n], [n].
 
-    By the logits, ∇ log π[i] = one-hot − π, ∇ KL(π_ref ‖ π) = π − π_ref and ∇ KL(π ‖ π_ref) = π · (log π − log π_ref − KL).
-    A token that cannot occur adds nothing, however impossible it is to the other: 0 · (−inf − x) would be nan.
+    With the gap d of the two models' logits, KL(p ‖ q) = Σ p·d − (log Z_p − log Z_q): no log-probability is formed. By the
+    policy's logits, ∇ log π[i] = one-hot − π, ∇ KL(π_ref ‖ π) = π − π_ref and ∇ KL(π ‖ π_ref) = π · (d − Σ π·d).
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ids: Tensor, ref_logp: Tensor, kl: str) -> tuple[Tensor, Tensor]:
-        logp = logits.log_softmax(-1)
-        of, to = (ref_logp, logp) if kl == "forward" else (logp, ref_logp)
-        chance = of.exp()
-        divergence = (of - to).masked_fill_(chance == 0, 0.0).mul_(chance).sum(-1)
-        ctx.save_for_backward(logp, ids, ref_logp, divergence)
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, ref_logits: Tensor, kl: str) -> tuple[Tensor, Tensor]:
+        probs, ref_probs = logits.softmax(-1), ref_logits.softmax(-1)
+        total = logits.amax(-1) - probs.amax(-1).log()
+        ref_total = ref_logits.amax(-1) - ref_probs.amax(-1).log()
+        if kl == "forward":
+            chance, between = ref_probs, ref_total - total
+            gap = ref_logits - logits
+        else:
+            chance, between = probs, total - ref_total
+            gap = logits - ref_logits
+        mean = _dot(chance, gap)
+        if not mean.isfinite().all():  # tokens that cannot occur add nothing, however impossible they are to the other
+            mean = _dot(chance, gap.masked_fill_(chance == 0, 0.0))
+        ctx.save_for_backward(probs, ids, ref_probs if kl == "forward" else gap, mean)
         ctx.kl = kl
-        return logp.gather(-1, ids[:, None]).squeeze(-1), divergence
+        return logits.gather(-1, ids[:, None]).squeeze(-1) - total, mean - between
 
     @staticmethod
     def backward(ctx: Any, by_logprob: Tensor, by_kl: Tensor) -> tuple[Tensor, None, None, None]:
-        logp, ids, ref_logp, divergence = ctx.saved_tensors
-        column, weight, chance = by_logprob[:, None], by_kl[:, None], logp.exp()
+        probs, ids, other, mean = ctx.saved_tensors
+        column, weight = by_logprob[:, None], by_kl[:, None]
         if ctx.kl == "forward":
-            grad = chance.mul_(weight - column).sub_(ref_logp.exp().mul_(weight))
+            grad = probs.mul_(weight - column).addcmul_(other, weight, value=-1)
         else:
-            gap = (logp - ref_logp).masked_fill_(chance == 0, 0.0).sub_(divergence[:, None])
-            grad = gap.mul_(weight).sub_(column).mul_(chance)
+            grad = probs.mul_(other.sub_(mean[:, None]).mul_(weight).sub_(column))
         return grad.scatter_add_(-1, ids[:, None], column), None, None, None
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Row by row: [n, V], [n, V] → [n], without the product in memory."""
+    return torch.bmm(x[:, None, :], y[:, :, None])[:, 0, 0]
 
 
 def exp_neg(x: Tensor, limit: float = 40.0) -> Tensor:

@@ -209,7 +209,7 @@ def test_cached_states_give_the_kl_and_the_gradient_of_the_live_reference(name: 
         out = policy(given)
         trained = [p for p in policy.parameters() if p.requires_grad]
         found.append([out.logprobs, out.kl, *torch.autograd.grad(out.kl.sum(), trained)])
-    assert found[0][1].max() > 0.05
+    assert found[0][1].max() > 0.01
     for live, read in zip(*found, strict=True):
         torch.testing.assert_close(read, live, atol=2e-5, rtol=1e-4)
 

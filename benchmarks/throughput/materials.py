@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from benchmarks.throughput.ours import as_row
 from benchmarks.throughput.tasks import Task
@@ -65,20 +66,26 @@ def _reference(task: Task) -> torch.nn.Module:
 
 @torch.inference_mode()
 def write_reference_logprobs(task: Task) -> None:
-    """Per-token log-probs of all rows under the reference, in the entry's precision, as the pipeline's own stage has them."""
+    """Per-token log-probs (and hidden states, where they are read) of all rows under the reference, in the entry's precision, as the
+    pipeline's own stage has them."""
     settings = ModelConfig(path=task.reference, dtype=task.entry.precision)
-    policy = load_policy(settings, task.reference).eval()
-    found = []
-    for groups in task.groups():
+    policy = load_policy(settings, task.reference, keep_states=task.has_states).eval()
+    found, states = [], {}
+    for step, groups in enumerate(task.groups()):
         rows = [as_row(i, group) for i, group in enumerate(groups)]
         lengths = np.array([row.tokens for row in rows])
         scored: dict[int, list[list[float]]] = {}
         for micro in micro_batches(range(len(rows)), lengths, 1, task.workload.token_budget)[0]:
-            out = policy(collate([rows[i] for i in micro.rows])).logprobs
-            for i, logprobs in zip(micro.rows, out, strict=True):
+            out = policy(collate([rows[i] for i in micro.rows]))
+            for i, logprobs in zip(micro.rows, out.logprobs, strict=True):
                 scored[i] = [logprobs[k, : len(r)].tolist() for k, r in enumerate(rows[i].response_ids)]
+            if out.states is not None:
+                own = [sum(map(len, rows[i].response_ids)) for i in micro.rows]
+                states |= {f"{step}/{i}": s.clone() for i, s in zip(micro.rows, out.states.split(own), strict=True)}
         found.append([scored[i] for i in range(len(rows))])
     task.reference_logprobs.write_text(json.dumps(found))
+    if states:
+        save_file(states, task.reference_states)
 
 
 def main() -> int:

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
 
 from benchmarks.throughput.pace import Pace
 from benchmarks.throughput.tasks import Task, digests
@@ -38,11 +40,15 @@ class Ours:
         device = self._stack.enter_context(process_group(self._config))
         torch.set_num_threads(task.threads)
         cached = json.loads(task.reference_logprobs.read_text())
+        states = load_file(task.reference_states) if task.has_states else {}
         self._steps = [
-            [as_row(i, group, logprobs) for i, (group, logprobs) in enumerate(zip(groups, found, strict=True))]
-            for groups, found in zip(task.groups(), cached[: task.steps], strict=True)
+            [
+                as_row(i, group, logprobs, states.get(f"{step}/{i}"))
+                for i, (group, logprobs) in enumerate(zip(groups, found, strict=True))
+            ]
+            for step, (groups, found) in enumerate(zip(task.groups(), cached[: task.steps], strict=True))
         ]
-        self._learner = Learner.start(self._config, task.policy, task.reference, device, None)
+        self._learner = Learner.start(self._config, task.policy, task.reference, device, None, cached=task.has_states)
 
     def logprobs(self) -> dict[int, list[float]]:
         """Of those of the first step's rows that this rank has."""
@@ -73,9 +79,11 @@ class Ours:
         ]
 
 
-def as_row(number: int, group: Group, ref_logprobs: list[list[float]] | None = None) -> Row:
+def as_row(
+    number: int, group: Group, ref_logprobs: list[list[float]] | None = None, ref_states: Tensor | None = None
+) -> Row:
     """A row as `prepare` and the reference stage would have written it."""
-    return Row(number, group.prompt, group.responses, ref_logprobs)
+    return Row(number, group.prompt, group.responses, ref_logprobs, ref_states)
 
 
 def run_config(task: Task) -> RunConfig:

@@ -45,6 +45,16 @@ class Task:
         """Cached per-token log-probs, as JSON: steps × groups × K × [R_k]."""
         return Path(self.folder) / f"reference-{self.entry.precision}.json"
 
+    @property
+    def reference_states(self) -> Path:
+        """Cached hidden states, [n, D] by "step/row"."""
+        return Path(self.folder) / f"states-{self.entry.precision}.safetensors"
+
+    @property
+    def has_states(self) -> bool:
+        """Whether this entry reads the reference's states: an objective with an exact KL, without a live reference."""
+        return self.workload.objective["name"] == "tdpo" and self.entry.reference == "cached"
+
     def groups(self) -> list[list[Group]]:
         """The rows of each step, as `materials` wrote them: the same token ids for every contender."""
         steps = json.loads((Path(self.folder) / "rows.json").read_text())

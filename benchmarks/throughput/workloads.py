@@ -199,7 +199,7 @@ W4 = replace(
     name="w4",
     title="TDPO₂ on the rows of w1, against two models and whole logits in plain PyTorch",
     objective={"name": "tdpo", "beta": BETA, "variant": 2, "alpha": 0.5},
-    entries=(_ours(reference="inline"), PADDED),
+    entries=(_ours(), _ours("ours-live", reference="inline"), PADDED),
     targets=(Target("time", "ours-fp32", "padded-fp32", 5.0),),
     agreement=("ours-fp32", "padded-fp32"),
 )
