@@ -15,7 +15,7 @@ from pipeline.config import ConfigError, RunConfig
 from pipeline.config_file import validate
 from pipeline.critic import CRITIC, load_critic, save_critic
 from pipeline.model import Policy
-from pipeline.pretrained import load_causal_lm, load_scorer, load_tokenizer, locate
+from pipeline.pretrained import load_causal_lm, load_scorer, load_tokenizer, locate, precision
 from pipeline.rendering import Renderer
 from pipeline.reward import RewardNetwork
 
@@ -28,7 +28,8 @@ def export(config: RunConfig, folder: Path, model: str, target: Path) -> Path:
     target = target.expanduser().absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{target}: exists and is not empty; name a new folder to export to")
-    dtype = getattr(torch, config.checkpoint.export_dtype)
+    wanted = config.checkpoint.export_dtype
+    dtype = precision(config.model.dtype if wanted == "auto" else wanted)
     needs, tokenizer = config.objective.needed(), load_tokenizer(model, config.model.trust_remote_code)
     load = load_scorer if needs.model == "reward" else load_causal_lm
     lm = load(model, torch.float32, config.model.attention, config.model.trust_remote_code)

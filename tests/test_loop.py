@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from pipeline import checkpoint, data, loop, reference
@@ -170,7 +171,7 @@ def test_lora_trains_and_saves_adapters_only(make_config) -> None:
 def test_fit_exports_what_transformers_loads_and_says_when_it_is_finished(make_config) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    config = make_config("checkpoint.export_dtype=float32")
+    config = make_config()
     result = fit(config, local=True)
     assert not result.already_finished
     lm = AutoModelForCausalLM.from_pretrained(result.export)
@@ -203,10 +204,18 @@ def test_sft_then_dpo_from_its_run(make_config) -> None:
     assert json.loads((dpo.run / "run.json").read_text())["model"] == str(sft.export)
 
 
+@pytest.mark.parametrize(
+    ("trained", "asked", "written"), [("bfloat16", "auto", "BF16"), ("float32", "bfloat16", "BF16")]
+)
+def test_the_export_has_the_precision_of_training_unless_another_is_named(make_config, trained, asked, written) -> None:
+    settings = (f"model.dtype={trained}", f"checkpoint.export_dtype={asked}", "train.max_steps=1")
+    result = fit(make_config(*settings), local=True)
+    with safe_open(result.export / "model.safetensors", "pt") as weights:
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {written}  # noqa: SIM118 (no mapping)
+
+
 def test_exported_adapters_are_merged(make_config) -> None:
-    result = fit(
-        make_config("model.lora={r: 4, alpha: 8}", "optimizer.lr=0.01", "checkpoint.export_dtype=float32"), local=True
-    )
+    result = fit(make_config("model.lora={r: 4, alpha: 8}", "optimizer.lr=0.01"), local=True)
     names = load_file(result.export / "model.safetensors").keys()
     assert not any("lora" in name for name in names)
     base = load_file(Path(make_config().model.path) / "model.safetensors")

@@ -50,7 +50,6 @@ def test_training_separates_the_pairs_and_the_export_scores_alike_anywhere(make_
         "objective={name: reward_model}",
         "train.epochs=4",
         "optimizer.lr=0.01",
-        "checkpoint.export_dtype=float32",
         "data.eval_fraction=0.2",
     )
     result = fit(config, local=True)
@@ -100,7 +99,6 @@ def test_transformers_reads_the_exported_score_at_the_end_even_where_padding_was
         f"model.path={tmp_path / 'model'}",
         "train.max_steps=3",
         "optimizer.lr=0.01",
-        "checkpoint.export_dtype=float32",
     )
     export = fit(config, local=True).export
     tokenizer = AutoTokenizer.from_pretrained(export)

@@ -38,7 +38,7 @@ BASE: Plain = {
     "optimizer": SCHEDULE,
     "critic": {"optimizer": SCHEDULE},
     "train": {"rows_per_step": 64, "tokens_per_micro_batch": 4096},
-    "checkpoint": {"every": 1000, "export_dtype": "float32"},
+    "checkpoint": {"every": 1000},
     "tracking": {"experiment": "reasoning"},
 }
 

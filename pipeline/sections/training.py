@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.sections.base import Count, Fraction, Positive, Section
+from pipeline.sections.base import Count, Fraction, Positive, Precision, Section
 
 
 class OptimizerConfig(Section):
@@ -86,8 +86,9 @@ class CheckpointConfig(Section):
     """Newest checkpoints to keep, beside the best."""
     best: str = "eval/loss"
     """Metric whose lowest value marks the best checkpoint (prefix − for highest, e.g. −eval/accuracy)."""
-    export_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Precision of the exported safetensors."""
+    export_dtype: Precision = "auto"
+    """Precision of the exported safetensors; `auto`: the one that training computed in. Rounding float32 training to bfloat16 takes
+    away an update that is small beside the weights."""
 
 
 class TrackingConfig(Section):
