@@ -146,12 +146,14 @@ def memory(config: RunConfig, model: str, lengths: list[int]) -> list[str]:
     needs = config.objective.needed()
     critic = needs.critic and config.critic.architecture == "separate"
     frozen = needs.kl != "none" and (config.model.lora is None or config.model.reference is not None)
+    head_alone = config.model.reference_states == "cached"
+    beside = text.vocab_size * text.hidden_size if head_alone else total
     networks = 2 if critic else 1
     parts = {
         "weights": networks * total * size / split["weights"],
         "gradients": networks * trained * size / split["gradients"],
         "optimizer": networks * trained * (8 + master) / split["optimizer"],
-        "reference": total * size if frozen else 0.0,  # whole on every worker
+        "reference": beside * size if frozen else 0.0,  # on every worker
         "activations": networks * tokens * per_token,
         "logits": 3 * LOGIT_CHUNK_BYTES,
     }
@@ -161,7 +163,7 @@ def memory(config: RunConfig, model: str, lengths: list[int]) -> list[str]:
         f"model      {model}",
         f"           {total:,} parameters, {trained:,} trained, {precision(config.model.dtype)}",
         *(["           and as many of a critic"] if critic else []),
-        *(["           and a frozen reference beside it"] if frozen else []),
+        *([f"           and {'the head of ' if head_alone else ''}a frozen reference beside it"] if frozen else []),
         f"memory     about {sum(parts.values()) / 2**30:.1f} GiB per worker ({workers} workers, ZeRO-{stage}):",
     ]
     return lines + [f"             {name:12} {value / 2**30:8.2f} GiB" for name, value in parts.items()]

@@ -42,3 +42,12 @@ def test_the_sample_is_the_first_usable_record(make_config, tmp_path: Path):
     report = preview(make_config(f"data.sources=[{{path: {path}}}]", "data.max_bad_fraction=0.5"))
     assert "sample     a.jsonl:2\n  prompt     'q'" in report
     assert "[y][e][s][<|im_end|>] (4 tokens)" in report
+
+
+def test_of_a_reference_whose_states_are_cached_the_head_alone_takes_memory(make_config):
+    live, cached = (
+        preview(make_config("objective={name: tdpo}", f"model.reference_states={choice}"))
+        for choice in ("live", "cached")
+    )
+    assert "           and a frozen reference beside it" in live
+    assert "           and the head of a frozen reference beside it" in cached
