@@ -29,9 +29,11 @@ from pipeline.errors import UserError
 from pipeline.evaluation import held_out
 from pipeline.learner import Learner
 from pipeline.metrics import Sums, all_sum, batch_metrics
-from pipeline.order import micro_batches, step_rows, steps_per_epoch
-from pipeline.progress import LOG_FILE, METRICS_FILE, MetricsFile, log_to
+from pipeline.notice import Notice
+from pipeline.order import Plan, micro_batches
+from pipeline.progress import LOG_FILE, METRICS_FILE, MetricsFile, log_to, tell
 from pipeline.rows import Rows, Split
+from pipeline.run_log import RunLog, last_start
 
 logger = logging.getLogger(__name__)
 
@@ -126,25 +128,32 @@ class Job:
         return cls(validate(plain["config"]), *paths, plain["model"], plain["frozen"])
 
 
-def train_worker(plain: dict[str, Any], stop: Callable[[], bool] | None = None) -> None:
+def train_worker(
+    plain: dict[str, Any], stop: Callable[[], bool] | None = None, draining: Callable[[], str | None] | None = None
+) -> None:
     """Train to the end from the newest checkpoint (or from the start). Runs on every rank.
 
     `stop` is asked on rank 0 after each step: where it says so, all ranks return there, with no checkpoint of that step.
-    Raises `Diverged` on a non-finite loss and `checkpoint.Superseded` when a newer attempt has taken over the run.
+    `draining` is asked on all ranks: see `notice`. Raises `Diverged` on a non-finite loss, `checkpoint.Superseded` when a newer
+    attempt has taken over the run, `Leaving` when this one was told to end.
     """
     job = Job.parse(plain)
     with process_group(job.config) as device, ExitStack() as stack:
         if dist.get_rank() == 0:
             stack.enter_context(log_to(job.run / LOG_FILE))
-        _train(job, device, stop)
+        events = stack.enter_context(RunLog(job.run, dist.get_rank(), dist.get_world_size()))
+        _train(job, device, stop, stack.enter_context(Notice(device, draining)), events)
 
 
-def _train(job: Job, device: torch.device, stop: Callable[[], bool] | None) -> None:
+def _train(job: Job, device: torch.device, stop: Callable[[], bool] | None, notice: Notice, events: RunLog) -> None:
     config, rank = job.config, dist.get_rank()
     rows = Rows(job.rows, job.reference)
     split = rows.split(config.data, config.seed)
     plan = Plan(config, rows.lengths[split.train])
     saver = Saver.begin(job)
+    if rank == 0 and (news := _news(last_start(job.run), saver.step)):
+        tell(job.run, news)
+    events.start(checkpoint.next_attempt(job.run) - 1, saver.step, plan.total_steps)
     learner = Learner.start(config, job.model, job.frozen, device, saver.resume)
     watch = Watch(config.objective, saver.metrics)
     log = MetricsFile(job.run / METRICS_FILE, after=saver.step) if rank == 0 else None
@@ -154,14 +163,29 @@ def _train(job: Job, device: torch.device, stop: Callable[[], bool] | None) -> N
             watch.note(metrics)
             if log is not None:
                 log.append(step + 1, metrics)
-            if (step + 1) % config.checkpoint.every == 0 or step + 1 == plan.total_steps:
-                saver.save(learner, step + 1, metrics)
+            events.stepped(step + 1, metrics)
+            last = step + 1 == plan.total_steps
+            asked = not last and notice.due()
+            if asked or last or (step + 1) % config.checkpoint.every == 0:
+                seconds = saver.save(learner, step + 1, metrics)
+                events.event("checkpoint", seconds=round(seconds, 3))
+            if asked:
+                notice.saved(step + 1, seconds)
             if stop is not None and agree(rank == 0 and stop()):
                 break
     finally:
         learner.close()
         if log is not None:
             log.close()
+
+
+def _news(before: Mapping[str, Any] | None, step: int) -> str | None:
+    """What a person wants to know of a start that is not the first."""
+    if before is None:
+        return None
+    now = dist.get_world_size()
+    resized = "" if before["workers"] == now else f"{before['workers']} → {now} workers, "
+    return f"{resized}continuing at step {step}"
 
 
 def _step(
@@ -204,30 +228,6 @@ def _my_batches(
 # ------------------------------------------------------------------------------------------------- parts
 
 
-class Plan:
-    """The steps of a whole run, as a function of lengths, seed and epoch alone."""
-
-    def __init__(self, config: RunConfig, lengths: np.ndarray) -> None:
-        self._lengths, self._seed, self._train = lengths, config.seed, config.train
-        self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
-        self.steps_per_epoch = steps_per_epoch(len(lengths), config.train.rows_per_step)
-        self.total_steps = config.train.epochs * self.steps_per_epoch
-        if config.train.max_steps is not None:
-            self.total_steps = min(self.total_steps, config.train.max_steps)
-
-    def positions(self, step: int) -> np.ndarray:
-        """Rows of a step (counted from 0), as positions in `lengths`."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, step_rows(self._lengths, self._seed, epoch, self._train.rows_per_step))
-        return self._epoch[1][within]
-
-    def evaluates_after(self, step: int) -> bool:
-        """Every `eval_every` steps (default: epochs), and at the end."""
-        every = self._train.eval_every or self.steps_per_epoch
-        return (step + 1) % every == 0 or step + 1 == self.total_steps
-
-
 class Watch:
     """What a step's metrics mean for the next one: values to carry over, and alarms to raise once."""
 
@@ -263,8 +263,9 @@ class Saver:
         attempt = checkpoint.Attempt.begin(job.run) if dist.get_rank() == 0 else None
         return cls(job, attempt, agree(checkpoint.latest(job.run) if attempt else None))
 
-    def save(self, learner: Learner, step: int, metrics: dict[str, float]) -> None:
-        """Write, commit and prune; collective. Raises `Superseded` on all ranks alike."""
+    def save(self, learner: Learner, step: int, metrics: dict[str, float]) -> float:
+        """Write, commit and prune; collective → seconds. Raises `Superseded` on all ranks alike."""
+        started = time.monotonic()
         folder = agree(self._attempt.temporary(step) if self._attempt else None)
         learner.save(folder)
         dist.barrier()
@@ -281,6 +282,7 @@ class Saver:
         if (error := agree(error)) is not None:
             raise checkpoint.Superseded(error)
         self.step = step
+        return time.monotonic() - started
 
     def _note_best(self, step: int, metrics: dict[str, float]) -> None:
         name = self._settings.best
