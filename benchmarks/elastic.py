@@ -26,9 +26,9 @@ from pipeline.run_log import path_of, read_events
 
 STEPS = 100_000
 """More than are ever trained: the schedule has to be the same, and the drill ends when it has seen enough."""
-SETTLED = 6
+SETTLED = 12
 """Steps that are waited for after each event."""
-WAIT_SECONDS = 240
+WAIT_SECONDS = 600
 
 
 @dataclass(frozen=True, slots=True)

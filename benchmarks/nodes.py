@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +35,15 @@ START_SECONDS = 120
 OWN_PORTS = ("--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0")
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Node:
     """One node's processes: those under its `ray start --block`."""
 
     process: subprocess.Popen
-    family: list[psutil.Process] = field(default_factory=list)
-
-    @property
-    def raylet(self) -> psutil.Process:
-        """The process that is the node, for Ray."""
-        return next(p for p in _family(self.process.pid) if Path(p.exe()).name == "raylet")
 
     def kill(self) -> None:
         """SIGKILL to all of it at once, as when a machine loses power."""
-        end([psutil.Process(self.process.pid), *_family(self.process.pid)])
+        end(_family(self.process.pid))
         self.process.wait()
 
     def reclaim(self) -> None:
@@ -104,8 +98,7 @@ class LocalCluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        family = [p for node in self._nodes for p in [psutil.Process(node.process.pid), *_family(node.process.pid)]]
-        end(family)
+        end([process for node in self._nodes for process in _family(node.process.pid)])
         for node in self._nodes:
             node.process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -163,7 +156,9 @@ def end(processes: list[psutil.Process]) -> None:
 
 
 def _family(pid: int) -> list[psutil.Process]:
+    """A process and all below it; none once it has ended."""
     try:
-        return psutil.Process(pid).children(recursive=True)
+        parent = psutil.Process(pid)
+        return [parent, *parent.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []

@@ -34,8 +34,8 @@ def test_two_workers_one_and_two_again_train_as_one_process_does(make_config, tm
     before = found.starts[at - 1]
     assert before["event"] == "checkpoint"
     assert before["step"] == starts[2]["step"], "saved for the resize: no step was trained again"
-    assert found.shrink < 60
-    assert found.grow < 60
+    assert found.shrink < 180, "a busy machine, but no minute-long time-outs one after the other"
+    assert found.grow < 180
 
 
 def test_a_node_that_is_reclaimed_is_saved_within_its_grace(make_config, tmp_path: Path) -> None:
