@@ -83,7 +83,7 @@ def run_job(job: ModuleType, argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at the first large tensor; see `pipeline.cluster`
 
     from pipeline.config_file import load
-    from pipeline.errors import UserError
+    from pipeline.errors import Leaving, UserError
 
     try:
         job.run(load(options.config, options.overrides), options)
@@ -93,6 +93,9 @@ def run_job(job: ModuleType, argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that cannot be written: the system's words name it
         print(f"error: {error}; check the path, its permissions and the space left", file=sys.stderr)
         return 2
+    except Leaving as leaving:
+        print(f"{leaving}; the same command continues from there", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
         return 130

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jobs.prepare import describe
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, ScalingConfig
 
 if TYPE_CHECKING:
     from pipeline.data import Summary
@@ -113,6 +113,13 @@ def sample(tokenizer: Any, rendered: Rendered, kind: str) -> list[str]:
     return lines
 
 
+def _workers(scaling: ScalingConfig) -> str:
+    """How many, in words; an elastic run needs most memory per worker where it has the fewest."""
+    if not scaling.elastic:
+        return f"{scaling.workers} workers"
+    return f"with {scaling.least_workers} of at most {scaling.most_workers} workers"
+
+
 def memory(config: RunConfig, model: str, lengths: list[int]) -> list[str]:
     """Parameter count and an estimate of one worker's memory.
 
@@ -134,7 +141,7 @@ def memory(config: RunConfig, model: str, lengths: list[int]) -> list[str]:
             add_lora(lm, config.model.lora)
     total = sum(p.numel() for p in lm.parameters())
     trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
-    stage, workers = config.scaling.zero_stage, config.scaling.workers
+    stage, workers = config.scaling.zero_stage, config.scaling.least_workers
     size = torch.finfo(precision(config.model.dtype)).bits // 8
     master = 0 if size == 4 else 4  # float32 training updates its weights in place
     split = {
@@ -164,6 +171,6 @@ def memory(config: RunConfig, model: str, lengths: list[int]) -> list[str]:
         f"           {total:,} parameters, {trained:,} trained, {precision(config.model.dtype)}",
         *(["           and as many of a critic"] if critic else []),
         *([f"           and {'the head of ' if head_alone else ''}a frozen reference beside it"] if frozen else []),
-        f"memory     about {sum(parts.values()) / 2**30:.1f} GiB per worker ({workers} workers, ZeRO-{stage}):",
+        f"memory     about {sum(parts.values()) / 2**30:.1f} GiB per worker ({_workers(config.scaling)}, ZeRO-{stage}):",
     ]
     return lines + [f"             {name:12} {value / 2**30:8.2f} GiB" for name, value in parts.items()]

@@ -13,9 +13,17 @@ HELP = "Prepare data, train the objective, export the model, track in MLflow. Ru
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="show what would happen, train nothing")
+    parser.add_argument(
+        "--status", action="store_true", help="show what this run is doing and why it waits, change nothing"
+    )
 
 
 def run(config: RunConfig, options: argparse.Namespace) -> None:
+    if options.status:
+        from pipeline.status import describe as describe_status
+
+        print(describe_status(config))
+        return
     if options.dry_run:
         from jobs.preview import preview
 

@@ -35,10 +35,10 @@ def connect(config: RunConfig) -> None:
         ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": ENVIRONMENT})
         return
     cpus = os.cpu_count() or 1
-    wanted = config.scaling.workers * config.scaling.cpus_per_worker
+    wanted = config.scaling.least_workers * config.scaling.cpus_per_worker
     if wanted > cpus:
         raise ConfigError(
-            f"scaling.workers: {config.scaling.workers} workers of {config.scaling.cpus_per_worker:g} CPUs do not fit this "
+            f"scaling.workers: {config.scaling.least_workers} workers of {config.scaling.cpus_per_worker:g} CPUs do not fit this "
             f"machine's {cpus}; lower scaling.workers or scaling.cpus_per_worker, or submit to a cluster"
         )
     # Nothing preempts one's own machine: an actor less to start.

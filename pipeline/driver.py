@@ -19,16 +19,18 @@ import torch
 from pipeline import checkpoint, cluster, data, reference
 from pipeline.config import ConfigError, RunConfig, digest
 from pipeline.durable import write_json
-from pipeline.errors import UserError
+from pipeline.errors import Leaving, UserError
 from pipeline.export import EXPORT, RUN_FILE, export
-from pipeline.loop import Job, Plan, train_worker
+from pipeline.gauges import Gauges
+from pipeline.loop import Job, train_worker
+from pipeline.order import Plan
 from pipeline.pretrained import fingerprint, load_config, load_tokenizer, locate, precision
-from pipeline.progress import LOG_FILE, METRICS_FILE, Monitor, read_metrics
+from pipeline.progress import METRICS_FILE, Monitor, read_metrics, tell
 from pipeline.reference_cost import states_folder
 from pipeline.rows import Rows
 from pipeline.tracking import Tracker, start, tracking_uri
 
-ERROR_FILE = "error.json"
+ERROR_FILE, RAY_FILE = "error.json", "ray.json"
 logger = logging.getLogger(__name__)
 
 
@@ -155,7 +157,7 @@ def fit(config: RunConfig, local: bool = False, report: Callable[[Result, Tracke
     """Train to the end; continues a killed run, returns at once when the run is already finished.
 
     `report` is called with the exported result while the MLflow run is still open, for what else belongs to it.
-    Raises ConfigError, data.DataError, loop.Diverged: one line each.
+    Raises ConfigError, data.DataError, loop.Diverged: one line each; Leaving where SIGTERM ended a run without Ray.
     """
     prepared = prepare(config, local, meanwhile=("ray.train.torch",))
     run, identity = open_run(config, prepared)
@@ -174,7 +176,7 @@ def fit(config: RunConfig, local: bool = False, report: Callable[[Result, Tracke
         if report is not None:
             report(result, tracker)
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Leaving):
         status = "KILLED"
         raise
     finally:
@@ -248,7 +250,15 @@ def _train(config: RunConfig, prepared: Prepared, run: Path, tracker: Tracker, l
         _log_data(tracker, prepared.rows, split.left_out)
         return tracker.last_step()
 
-    with checkpoint.Lease(run), Monitor(run, plan.total_steps, tracker.log_metrics, introduce):
+    gauges = None if local else Gauges(run, plan.total_steps)
+
+    def told(step: int, metrics: dict[str, float]) -> None:
+        tracker.log_metrics(step, metrics)
+        if gauges is not None:
+            gauges.step(step, metrics)
+
+    tick = (lambda: None) if gauges is None else gauges.tick
+    with checkpoint.Lease(run), Monitor(run, plan.total_steps, told, introduce, tick):
         if local:
             train_worker(job.plain())
         else:
@@ -257,33 +267,41 @@ def _train(config: RunConfig, prepared: Prepared, run: Path, tracker: Tracker, l
 
 def _train_on_ray(job: Job) -> None:
     """The workers as a Ray Train group; Ray starts them again after a failure, they continue from the last checkpoint."""
+    import ray
     from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from pipeline import elastic
+
     scaling = job.config.scaling
+    elastic.set_environment(scaling)
     resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": scaling.gpus_per_worker} if scaling.gpus_per_worker else {})
     (job.run / ERROR_FILE).unlink(missing_ok=True)
+    write_json(job.run / RAY_FILE, {"address": ray.get_runtime_context().gcs_address})  # for `status`
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{job.config.train.hang_timeout:g}"  # of a stopped process
     trainer = TorchTrainer(
         _worker,
         train_loop_config=job.plain(),
         scaling_config=ScalingConfig(
-            num_workers=scaling.workers, use_gpu=scaling.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=scaling.workers,
+            use_gpu=scaling.gpus_per_worker > 0,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=scaling.resize_seconds,
         ),
         torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker else "gloo"),
         run_config=RayRunConfig(
             name=f"{job.run.name}-{checkpoint.next_attempt(job.run)}",  # a name used before would continue Ray's own state
             storage_path=str(job.run / "ray"),
-            failure_config=FailureConfig(max_failures=scaling.max_failures),
+            failure_config=FailureConfig(max_failures=-1),  # the hooks count
+            callbacks=[elastic.Hooks(job.run, scaling.max_failures)],
         ),
     )
     try:
         trainer.fit()
     except TrainingFailedError as error:
         if not (job.run / ERROR_FILE).is_file():
-            reason = str(error).strip().splitlines()[-1]
-            raise TrainingFailed(f"workers failed {scaling.max_failures + 1} times; the last time: {reason}") from error
+            raise TrainingFailed(str(error).strip().splitlines()[-1]) from error
     if (job.run / ERROR_FILE).is_file():
         raise TrainingFailed(json.loads((job.run / ERROR_FILE).read_text())) from None
 
@@ -293,17 +311,19 @@ def _worker(plain: dict[str, Any]) -> None:
 
     An error that a person has to mend is left in a file instead: the next start sees it and ends at once, on all ranks.
     """
-    note = Path(plain["run"]) / ERROR_FILE
+    from pipeline.elastic import draining
+
+    run = Path(plain["run"])
+    note = run / ERROR_FILE
     if note.is_file():
         return
     try:
-        train_worker(plain)
+        train_worker(plain, draining=draining)
     except UserError as error:
         write_json(note, str(error))
         raise
+    except Leaving:
+        raise  # told already
     except Exception as error:
-        with (Path(plain["run"]) / LOG_FILE).open("a") as log:  # the driver's monitor shows it at once
-            log.write(
-                f"a worker failed, starting again: {type(error).__name__}: {' '.join(str(error).split())[:500]}\n"
-            )
+        tell(run, f"a worker failed, starting again: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
         raise

@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class UserError(Exception):
     """Base class; the message is one line that names the cause and the remedy."""
+
+
+class Leaving(Exception):
+    """A worker was told to end and saved what it had: the same command, or Ray, goes on from there."""

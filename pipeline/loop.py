@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pipeline import checkpoint
 from pipeline.collate import collate
 from pipeline.config import ConfigError, RunConfig
 from pipeline.config_file import validate
@@ -29,10 +30,12 @@ from pipeline.errors import UserError
 from pipeline.evaluation import held_out
 from pipeline.learner import Learner
 from pipeline.metrics import Sums, all_sum, batch_metrics
-from pipeline.order import micro_batches, step_rows, steps_per_epoch
+from pipeline.notice import Notice
+from pipeline.order import Plan, micro_batches
 from pipeline.patience import patiently
-from pipeline.progress import LOG_FILE, METRICS_FILE, MetricsFile, log_to
+from pipeline.progress import LOG_FILE, METRICS_FILE, MetricsFile, log_to, tell
 from pipeline.rows import Rows, Split
+from pipeline.run_log import RunLog, last_start
 from pipeline.saver import Saver
 from pipeline.watchdog import Watchdog
 
@@ -135,12 +138,15 @@ class Job:
         return cls(validate(plain["config"]), *paths, plain["model"], plain["frozen"], states)
 
 
-def train_worker(plain: dict[str, Any], stop: Callable[[], bool] | None = None) -> None:
+def train_worker(
+    plain: dict[str, Any], stop: Callable[[], bool] | None = None, draining: Callable[[], str | None] | None = None
+) -> None:
     """Train to the end from the newest checkpoint (or from the start). Runs on every rank.
 
     `stop` is asked on rank 0 after each step: where it says so, all ranks return there, with no checkpoint of that step.
-    Raises `Diverged` on a non-finite loss, `checkpoint.Superseded` when a newer attempt has taken over the run, and
-    `patience.StorageFailed` when the storage is full or out of reach for too long.
+    `draining` is asked on all ranks: see `notice`. Raises `Diverged` on a non-finite loss, `checkpoint.Superseded` when a newer
+    attempt has taken over the run, `patience.StorageFailed` when the storage is full or out of reach for too long, and
+    `Leaving` when this worker was told to end.
     """
     job = Job.parse(plain)
     # Whoever made the group starts it again; a worker alone has nobody who would.
@@ -150,16 +156,28 @@ def train_worker(plain: dict[str, Any], stop: Callable[[], bool] | None = None) 
         rank = dist.get_rank()
         if rank == 0:
             stack.enter_context(log_to(job.run / LOG_FILE))
+        events = stack.enter_context(RunLog(job.run, rank, dist.get_world_size()))
         watchdog = Watchdog(timeout, f"rank {rank}", job.run / LOG_FILE, job.run / f"stacks-{rank}.txt")
-        _train(job, device, stop, stack.enter_context(watchdog).beat)
+        beat = stack.enter_context(watchdog).beat
+        _train(job, device, stop, stack.enter_context(Notice(device, draining)), events, beat)
 
 
-def _train(job: Job, device: torch.device, stop: Callable[[], bool] | None, beat: Callable[[], None]) -> None:
+def _train(
+    job: Job,
+    device: torch.device,
+    stop: Callable[[], bool] | None,
+    notice: Notice,
+    events: RunLog,
+    beat: Callable[[], None],
+) -> None:
     config, rank = job.config, dist.get_rank()
     rows = Rows(job.rows, job.reference, job.states)
     split = rows.split(config.data, config.seed)
     plan = Plan(config, rows.lengths[split.train])
     saver = Saver.begin(job.run, config.checkpoint)
+    if rank == 0 and (news := _news(last_start(job.run), saver.step)):
+        tell(job.run, news)
+    events.start(checkpoint.next_attempt(job.run) - 1, saver.step, plan.total_steps)
     learner = Learner.start(config, job.model, job.frozen, device, saver.resume, cached=job.states is not None)
     learner.beat = beat
     watch = Watch(config.objective, saver.metrics, config.train.skip_nan)
@@ -172,14 +190,29 @@ def _train(job: Job, device: torch.device, stop: Callable[[], bool] | None, beat
                 watch.note(metrics)
                 if log is not None:
                     log.append(step + 1, metrics)
-                if (step + 1) % config.checkpoint.every == 0 or step + 1 == plan.total_steps:
-                    saver.save(learner, step + 1, metrics)
+                events.stepped(step + 1, metrics)
+                last = step + 1 == plan.total_steps
+                asked = not last and notice.due()
+                if asked or last or (step + 1) % config.checkpoint.every == 0:
+                    seconds = saver.save(learner, step + 1, metrics, wait=asked)
+                    events.event("checkpoint", seconds=round(seconds, 3))
+                if asked:
+                    notice.saved(step + 1, seconds)
                 if stop is not None and agree(rank == 0 and stop()):
                     break
     finally:
         learner.close()
         if log is not None:
             log.close()
+
+
+def _news(before: Mapping[str, Any] | None, step: int) -> str | None:
+    """What a person wants to know of a start that is not the first."""
+    if before is None:
+        return None
+    now = dist.get_world_size()
+    resized = "" if before["workers"] == now else f"{before['workers']} → {now} workers, "
+    return f"{resized}continuing at step {step}"
 
 
 def _step(
@@ -220,30 +253,6 @@ def _my_batches(
 
 
 # ------------------------------------------------------------------------------------------------- parts
-
-
-class Plan:
-    """The steps of a whole run, as a function of lengths, seed and epoch alone."""
-
-    def __init__(self, config: RunConfig, lengths: np.ndarray) -> None:
-        self._lengths, self._seed, self._train = lengths, config.seed, config.train
-        self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
-        self.steps_per_epoch = steps_per_epoch(len(lengths), config.train.rows_per_step)
-        self.total_steps = config.train.epochs * self.steps_per_epoch
-        if config.train.max_steps is not None:
-            self.total_steps = min(self.total_steps, config.train.max_steps)
-
-    def positions(self, step: int) -> np.ndarray:
-        """Rows of a step (counted from 0), as positions in `lengths`."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, step_rows(self._lengths, self._seed, epoch, self._train.rows_per_step))
-        return self._epoch[1][within]
-
-    def evaluates_after(self, step: int) -> bool:
-        """Every `eval_every` steps (default: epochs), and at the end."""
-        every = self._train.eval_every or self.steps_per_epoch
-        return (step + 1) % every == 0 or step + 1 == self.total_steps
 
 
 class Watch:

@@ -2,8 +2,9 @@
 
     step_rows(lengths, seed, epoch, rows_per_step)   knows nothing of workers
     micro_batches(step, lengths, workers, budget)    deals one step out
+    Plan(config, lengths)                            the steps of a whole run
 
-Both are pure, so a checkpoint only has to store the step's number, a resumed run continues with the very next row, and
+All are pure, so a checkpoint only has to store the step's number, a resumed run continues with the very next row, and
 another number of workers trains on the same steps.
 """
 
@@ -12,8 +13,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
 
 BUCKET_STEPS = 8
 """Steps whose rows are sorted by length together: less padding, while the mix of lengths stays random on a larger scale."""
@@ -41,6 +46,30 @@ def step_rows(lengths: np.ndarray, seed: int, epoch: int, rows_per_step: int) ->
 def steps_per_epoch(rows: int, rows_per_step: int) -> int:
     """Optimizer steps that use each of `rows` once."""
     return -(-rows // rows_per_step)
+
+
+class Plan:
+    """The steps of a whole run, as a function of lengths, seed and epoch alone."""
+
+    def __init__(self, config: RunConfig, lengths: np.ndarray) -> None:
+        self._lengths, self._seed, self._train = lengths, config.seed, config.train
+        self._epoch: tuple[int, list[np.ndarray]] = (-1, [])
+        self.steps_per_epoch = steps_per_epoch(len(lengths), config.train.rows_per_step)
+        self.total_steps = config.train.epochs * self.steps_per_epoch
+        if config.train.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.train.max_steps)
+
+    def positions(self, step: int) -> np.ndarray:
+        """Rows of a step (counted from 0), as positions in `lengths`."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, step_rows(self._lengths, self._seed, epoch, self._train.rows_per_step))
+        return self._epoch[1][within]
+
+    def evaluates_after(self, step: int) -> bool:
+        """Every `eval_every` steps (default: epochs), and at the end."""
+        every = self._train.eval_every or self.steps_per_epoch
+        return (step + 1) % every == 0 or step + 1 == self.total_steps
 
 
 def micro_batches(

@@ -104,6 +104,12 @@ def log_to(path: Path) -> Iterator[None]:
         handler.close()
 
 
+def tell(run: Path, text: str) -> None:
+    """A line for the person at the driver's terminal, from any worker."""
+    with (run / LOG_FILE).open("a") as log:
+        log.write(text + "\n")
+
+
 PATIENCE = 15.0
 """Seconds after which the tracker is told of a run that has no step yet."""
 
@@ -115,6 +121,7 @@ class Monitor:
         run: the run's folder.
         total_steps: length of the bar.
         on_step: called once per new step with (step, metrics); the tracker's `log_metrics`.
+        tick: called twice a second, in the monitor's thread.
         introduce: called once, in the monitor's thread, before the first step is told; returns the last step that an earlier driver told.
     """
 
@@ -124,9 +131,10 @@ class Monitor:
         total_steps: int,
         on_step: Callable[[int, dict[str, float]], None],
         introduce: Callable[[], int] = int,
+        tick: Callable[[], None] = lambda: None,
     ) -> None:
         self._metrics, self._log = Follower(run / METRICS_FILE), Follower(run / LOG_FILE, from_end=True)
-        self._on_step, self._introduce, self._last = on_step, introduce, 0
+        self._on_step, self._introduce, self._tick, self._last = on_step, introduce, tick, 0
         self._bar = _Bar(total_steps)
         self._started = time.monotonic()
         self._stop = threading.Event()
@@ -150,6 +158,7 @@ class Monitor:
         while not self._stop.wait(0.5):
             with suppress(OSError):  # storage out of reach: nothing is lost, it is read once it is back
                 self._drain()
+            self._tick()
 
     def _drain(self) -> None:
         """Tell what has been written since the last call."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,24 +85,29 @@ def _on_ray(
     context.print_on_execution_start = False
     logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
     context.execution_options.preserve_order = True
-    most = min(resources.actors or _room(resources), len(items))
+    now = min(resources.actors or _room(resources, ray.cluster_resources()), len(items))
+    most = max(now, min(resources.actors or _room(resources, _promised()), len(items)))
     stage = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
         _Threaded,
         fn_constructor_kwargs={"worker": worker, "arguments": arguments, "threads": max(1, math.floor(resources.cpus))},
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
         compute=ray.data.ActorPoolStrategy(
-            min_size=1, max_size=most, initial_size=most, max_tasks_in_flight_per_actor=2
+            min_size=1, max_size=most, initial_size=now, max_tasks_in_flight_per_actor=2
         ),
     )
     yield from stage.iter_rows()
 
 
-def _room(resources: Resources) -> int:
-    """Actors that the cluster holds now; at least one, so that an autoscaler has something to grow for."""
-    import ray
+def _promised() -> dict[str, float]:
+    """What an autoscaler could make the cluster hold; nothing where there is none."""
+    from ray._private.state import state
 
-    total = ray.cluster_resources()
+    return state.get_max_resources_from_cluster_config() or {}
+
+
+def _room(resources: Resources, total: Mapping[str, float]) -> int:
+    """Actors that so much holds; at least one, so that an autoscaler has something to grow for."""
     by_cpu = int(total.get("CPU", 0) // resources.cpus) if resources.cpus else 1
     by_gpu = int(total.get("GPU", 0) // resources.gpus) if resources.gpus else by_cpu
     return max(1, min(by_cpu, by_gpu))

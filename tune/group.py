@@ -133,7 +133,7 @@ class Group:
         placement = ray.util.get_current_placement_group()
         options: dict[str, Any] = {"num_cpus": self._scaling.cpus_per_worker, "num_gpus": self._scaling.gpus_per_worker}
         workers = []
-        for i in range(self._scaling.workers):
+        for i in range(self._scaling.most_workers):
             if placement is not None:
                 options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement, i)
             workers.append(ray.remote(TrialWorker).options(**options).remote())

@@ -15,7 +15,7 @@ from pipeline.config import ConfigError, RunConfig, digest
 from pipeline.contracts import Needs
 from pipeline.driver import Prepared
 from pipeline.durable import write_json
-from pipeline.loop import Plan
+from pipeline.order import Plan
 from pipeline.pretrained import fingerprint
 from pipeline.rows import Rows
 from tune import search

@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from pipeline.config import ConfigError, RunConfig
+from pipeline.errors import Leaving
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,6 +37,8 @@ def run(config: RunConfig, options: argparse.Namespace) -> None:
         )
     if options.local and settings.scheduler != "fifo":
         raise ConfigError("sweep.scheduler: --local runs one trial after the other; set it to fifo")
+    if config.scaling.elastic:
+        raise ConfigError("scaling.workers: a sweep's trials share workers that stay; give one number")
     from pipeline import tracking
     from pipeline.checkpoint import Lease
     from tune import results
@@ -58,7 +61,7 @@ def run(config: RunConfig, options: argparse.Namespace) -> None:
                 results.evaluate(sweep, options.local)
         best, exported = results.conclude(sweep, parent)
         status = "FINISHED"
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Leaving):
         status = "KILLED"
         raise
     finally:
@@ -103,6 +106,8 @@ def _in_process(sweep: Sweep, recorder: Recorder) -> None:
         recorder.started(trial.number)
         try:
             outcome = attempt(json.loads((sweep.trial_folder(trial) / JOB_FILE).read_text())["plain"])
+        except Leaving:
+            raise
         except Exception as error:
             recorder.ended(trial.number, "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
         else:

@@ -36,7 +36,7 @@ def run(sweep: Sweep, recorder: Recorder) -> None:
     scaling, settings = sweep.config.scaling, sweep.settings
     worker = {"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker}
     # The trial's own actor only waits: it takes no share of the machine.
-    resources = ray.tune.PlacementGroupFactory([{}, *[worker] * scaling.workers])
+    resources = ray.tune.PlacementGroupFactory([{}, *[worker] * scaling.most_workers])
     searcher: Searcher = Proposals(sweep, recorder)
     if settings.max_concurrent_trials:
         searcher = ConcurrencyLimiter(searcher, settings.max_concurrent_trials)

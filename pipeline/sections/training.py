@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from pipeline.sections.base import Count, Fraction, Positive, Precision, Section
 
@@ -66,10 +66,25 @@ class TrainConfig(Section):
     """Seconds without a micro-batch done after which workers end and start again from the last checkpoint; without Ray, never."""
 
 
+def _workers(value: Any) -> Any:
+    """A number, or [min, max]; where both are the same, the number."""
+    bounds = list(value) if isinstance(value, list | tuple) else [value, value]
+    bounds = [int(count) if isinstance(count, str) and count.isdecimal() else count for count in bounds]
+    if len(bounds) != 2 or any(type(count) is not int for count in bounds) or not 1 <= bounds[0] <= bounds[1]:
+        raise ValueError(
+            f"give a number of workers, or [min, max] with 1 ≤ min ≤ max for elastic training; not {value!r}"
+        )
+    return bounds[0] if bounds[0] == bounds[1] else tuple(bounds)
+
+
 class ScalingConfig(Section):
     """Workers and what each one gets."""
 
-    workers: Count = 1
+    workers: Annotated[Count | tuple[Count, Count], BeforeValidator(_workers)] = 1
+    """A number, or [min, max]: training starts with as many as there is room for, and goes on from the last step with more
+    or fewer when nodes join or leave. The rows of each step, and the effective batch, stay the same."""
+    resize_seconds: Positive = 60
+    """How often elastic training looks for room for more workers. Each change costs a start of all workers."""
     cpus_per_worker: Positive = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -77,9 +92,24 @@ class ScalingConfig(Section):
     offload_optimizer: bool = False
     """Keep optimizer state in host memory (needs a C++ compiler: DeepSpeed builds its CPU Adam)."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
-    """Worker failures after which a run gives up; −1: never."""
+    """Worker failures in a row, without a new checkpoint between them, that a run bears; −1: any number."""
     data_actors: Count | None = None
     """Upper bound of actors per Ray Data stage; default: what the cluster can hold."""
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number of workers may change while a run goes on."""
+        return isinstance(self.workers, tuple)
+
+    @property
+    def least_workers(self) -> int:
+        """Fewest workers to train with."""
+        return self.workers[0] if isinstance(self.workers, tuple) else self.workers
+
+    @property
+    def most_workers(self) -> int:
+        """Most workers to train with."""
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
 
 
 class CheckpointConfig(Section):
