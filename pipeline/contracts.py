@@ -92,7 +92,9 @@ class Batch:
     ref_logprobs: Tensor | None = None  # [B, K, R] float32, 0 where masked
     token_rewards: Tensor | None = None  # [B, K, R] float32; may stand on the environment's tokens, too
     behaviour_logprobs: Tensor | None = None  # [B, K] float32: log μ(response), nan where not logged
-    step_ends: Tensor | None = None  # [B, K, S] int64: index into R of the token that ends each step, −1 where there is none
+    step_ends: Tensor | None = (
+        None  # [B, K, S] int64: index into R of the token that ends each step, −1 where there is none
+    )
     carried: Mapping[str, float] = field(default_factory=dict)  # `Needs.carried` metrics of the step before
 
     def to(self, device: torch.device | str) -> Batch:
@@ -119,7 +121,9 @@ class PolicyOut:
     scores: Tensor | None = None  # [B, K] float32: a reward model's verdict (it has no log-probs: they are 0)
     thoughts: Tensor | None = None  # [B, n, D] float32: latent thoughts between the prompt and its responses
     question: Tensor | None = None  # [B, D] float32: what the prior made of the prompt's last token
-    steps: Tensor | None = None  # [B, S, D] float32: and of the tokens that end the best response's steps; 0 behind them
+    steps: Tensor | None = (
+        None  # [B, S, D] float32: and of the tokens that end the best response's steps; 0 behind them
+    )
     step_texts: Tensor | None = None  # [B, S, D] float32, detached: mean input embedding of each of these steps' tokens
 
 

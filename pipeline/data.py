@@ -25,7 +25,7 @@ from pipeline.errors import UserError
 from pipeline.layouts import parse
 from pipeline.pretrained import load_tokenizer
 from pipeline.records import Record
-from pipeline.rendering import Rendered, Renderer
+from pipeline.rendering import Renderer
 from pipeline.rows import checksum, finish, is_finished, manifest, part_of, write_part
 from pipeline.sources import Chunk, RawRecord, plan, read
 from pipeline.stage import Item, Resources, run_stage
@@ -136,7 +136,7 @@ def _row(raw: RawRecord, source_index: int, render: Renderer, tally: Counter[str
     tally["repeated"] += len(responses) - len(set(map(tuple, responses)))
     tally["environment_tokens"] += sum(response.count(False) for response in rendered.trained or ())
     tally["behaviour"] += logged is not None and None not in logged
-    tally["stepped"] += _policy_steps(rendered) > 2
+    tally["stepped"] += rendered.policy_steps > 2
     if rendered.token_rewards is not None:
         tally["rewarded"] += len(responses)
         tally["return"] += sum(map(sum, rendered.token_rewards))
@@ -154,12 +154,6 @@ def _row(raw: RawRecord, source_index: int, render: Renderer, tally: Counter[str
         "step_ends": rendered.step_ends,
         "mismatched": False,
     }
-
-
-def _policy_steps(rendered: Rendered) -> int:
-    """Of the best response; 0 where there are no steps."""
-    ends = rendered.step_ends[0] if rendered.step_ends else []
-    return sum(rendered.trained is None or rendered.trained[0][end] for end in ends)
 
 
 def mismatch(rows: list[dict[str, Any]], max_length: int) -> int:

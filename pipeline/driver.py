@@ -24,6 +24,7 @@ from pipeline.loop import Job, Plan, train_worker
 from pipeline.pretrained import fingerprint, load_config, load_tokenizer, locate, precision
 from pipeline.progress import LOG_FILE, METRICS_FILE, Monitor, read_metrics
 from pipeline.rows import Rows
+from pipeline.thinker import assistant_of, check_steps, latent_identity
 from pipeline.tracking import Tracker, start, tracking_uri
 
 ERROR_FILE = "error.json"
@@ -76,9 +77,11 @@ def check_lengths(config: RunConfig, model: str) -> None:
     """Rows have to fit the model at `model`: its context and its vocabulary. Raises ConfigError."""
     text = load_config(model, config.model.trust_remote_code).get_text_config()
     context = getattr(text, "max_position_embeddings", None)
-    if context is not None and config.data.max_length > context:
+    thoughts = config.latent.n_latents if config.objective.needed().latent != "none" else 0
+    if context is not None and config.data.max_length + thoughts > context:
+        beside = f" and {thoughts} thoughts" if thoughts else ""
         raise ConfigError(
-            f"data.max_length: {config.data.max_length} exceeds the model's context of {context} tokens; lower it"
+            f"data.max_length: {config.data.max_length}{beside} exceeds the model's context of {context} tokens; lower it"
         )
     tokens = len(load_tokenizer(model, config.model.trust_remote_code))
     if tokens > text.vocab_size:
@@ -97,24 +100,26 @@ def prepare(config: RunConfig, local: bool = False, meanwhile: tuple[str, ...] =
         cluster.connect(config)
     check_lengths(config, model)
     frozen = locate(config.model.reference, cache, "model.reference") if config.model.reference else model
-    if frozen != model:
-        _check_vocabularies(config, model, frozen)
-    rows = data.prepare(config, model, local)
     needs = config.objective.needed()
+    if frozen != model:
+        _check_vocabularies(config, model, frozen, "model.reference")
+    if needs.latent != "none" and (assistant := assistant_of(config)) is not None:
+        _check_vocabularies(config, model, assistant, "latent.assistant")
+    rows = data.prepare(config, model, local)
     _check_rows(config, rows)
     asked = needs.reference != "none"
     return Prepared(model, frozen, rows, reference.score(config, rows, frozen, local) if asked else None)
 
 
-def _check_vocabularies(config: RunConfig, model: str, frozen: str) -> None:
-    """Log-probs of one token mean the same to policy and reference only if it is the same token. Raises ConfigError."""
+def _check_vocabularies(config: RunConfig, model: str, other: str, key: str) -> None:
+    """Two models of one token mean the same only if it is the same token. Raises ConfigError about the `key` of the other."""
     trust = config.model.trust_remote_code
-    sizes = [load_config(path, trust).get_text_config().vocab_size for path in (model, frozen)]
-    tokenizers = [data.tokenizer_identity(load_tokenizer(path, trust)) for path in (model, frozen)]
+    sizes = [load_config(path, trust).get_text_config().vocab_size for path in (model, other)]
+    tokenizers = [data.tokenizer_identity(load_tokenizer(path, trust)) for path in (model, other)]
     if sizes[0] != sizes[1] or tokenizers[0] != tokenizers[1]:
         raise ConfigError(
-            f"model.reference: its tokenizer differs from the policy's (vocabularies of {sizes[1]} and {sizes[0]}); "
-            "name a reference with the same one"
+            f"{key}: its tokenizer differs from the policy's (vocabularies of {sizes[1]} and {sizes[0]}); "
+            f"name {'a reference' if key == 'model.reference' else 'a model'} with the same one"
         )
 
 
@@ -137,6 +142,8 @@ def _check_rows(config: RunConfig, folder: Path) -> None:
             "data.sources: %d rows have no response to another prompt beside them, all of one prompt?",
             found.rows - found.mismatched,
         )
+    if needs.latent == "steps" and found.stepped < found.rows:
+        check_steps(found.rows - found.stepped, found.rows)
     if needs.behaviour and found.behaviour < found.rows:
         raise ConfigError(
             f"objective.importance: {found.rows - found.behaviour} of {found.rows} rows have no log-probs of the policy that "
@@ -191,6 +198,7 @@ def open_run(config: RunConfig, prepared: Prepared) -> tuple[Path, str]:
         config.dump()["objective"],
         config.optimizer.model_dump(),
         *([config.critic.model_dump()] if config.objective.needed().critic else []),
+        *(latent_identity(config) if config.objective.needed().latent != "none" else []),
         config.train.model_dump(include={"epochs", "max_steps", "rows_per_step"}),
         config.seed,
     )

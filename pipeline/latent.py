@@ -94,16 +94,18 @@ class BlockPrior(nn.Module):
         queries = self.queries(torch.arange(n, device=known.device)).expand(len(known), n, -1)
         asked = torch.cat([known[rows, last_of(prompt.mask)][:, None], queries], 1)  # [B, 1 + n, D]
         earlier = torch.ones(n, n, dtype=torch.bool, device=known.device).tril()
-        earlier = torch.cat([torch.zeros_like(earlier[:1]), earlier]).expand(len(known), -1, -1)  # the prompt sees no thought
+        earlier = torch.cat([torch.zeros_like(earlier[:1]), earlier]).expand(
+            len(known), -1, -1
+        )  # the prompt sees no thought
         seen = torch.cat([prompt.mask[:, None].expand(-1, 1 + n, -1), earlier], -1)
         made = self._block(asked, torch.cat([known, queries], 1), seen)
         if steps is None:
             return Reading(made[:, 1:], made[:, 0])
-        read = self._placed(embed(steps.ids), prompt.mask.sum(-1, keepdim=True) + place_in(steps.ids))
+        told = self._placed(embed(steps.ids), prompt.mask.sum(-1, keepdim=True) + place_in(steps.ids))
         within = step_tokens(steps)  # [B, S, R]
         seen = torch.cat([prompt.mask[:, None].expand(-1, within.shape[1], -1), within], -1)
-        ends = read[rows[:, None], steps.ends.clamp(min=0)]
-        return Reading(made[:, 1:], made[:, 0], self._block(ends, torch.cat([known, read], 1), seen))
+        ends = told[rows[:, None], steps.ends.clamp(min=0)]
+        return Reading(made[:, 1:], made[:, 0], self._block(ends, torch.cat([known, told], 1), seen))
 
     def _placed(self, embedded: Tensor, place: Tensor) -> Tensor:
         embedded = embedded.to(self.project.weight.dtype) / self.size
@@ -152,8 +154,8 @@ class AssistantPrior(nn.Module):
 
     @torch.no_grad()
     def _states(self, ids: Tensor, mask: Tensor) -> Tensor:
-        read = {"input_ids": ids.clamp(min=0), "attention_mask": mask.long(), "position_ids": place_of(mask)}
-        return self.assistant.base_model(**read, use_cache=False).last_hidden_state
+        rows = {"input_ids": ids.clamp(min=0), "attention_mask": mask.long(), "position_ids": place_of(mask)}
+        return self.assistant.base_model(**rows, use_cache=False).last_hidden_state
 
     def _projected(self, states: Tensor) -> Tensor:
         return self.size * self.project(states.to(self.project.weight.dtype))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 
 from pipeline.config import Attention, ConfigError, LatentConfig, ModelConfig, RunConfig, SamplingConfig
 from pipeline.latent import PLACE, AssistantPrior, BlockPrior, Prior, Text, embeddings
-from pipeline.pretrained import load_causal_lm, locate
+from pipeline.pretrained import fingerprint, load_causal_lm, locate
 from pipeline.trunk import refuses_embeddings
 
+logger = logging.getLogger(__name__)
 PRIOR, SETTINGS, WEIGHTS, ASSISTANT = "prior", "settings.json", "weights.safetensors", "assistant"
 SAMPLED = 1024
 """Values of each weight that go into a backbone's identity: any training moves all of them."""
@@ -37,6 +39,13 @@ def assistant_of(config: RunConfig) -> str | None:
     """Located weights of the assistant that makes thoughts, where there is one."""
     name = config.latent.assistant
     return None if name is None else locate(name, Path(config.storage) / "cache", "latent.assistant")
+
+
+def latent_identity(config: RunConfig) -> list[Any]:
+    """What changes the thoughts: the section, and the assistant's weights in place of its name."""
+    assistant = assistant_of(config)
+    plain = config.latent.model_dump(exclude={"assistant"})
+    return [plain, fingerprint(assistant, Path(config.storage) / "cache", "latent.assistant") if assistant else None]
 
 
 def prior_for(
@@ -178,10 +187,11 @@ class Thinker(nn.Module):
         **others: Any,
     ) -> Any:
         """As the language model's own. streams: one per row, for thoughts that are sampled."""
-        if input_ids.shape[1] == 1:  # a token behind what is in the cache
+        places = input_ids == PLACE
+        # A single token stands behind what is in the cache: on a GPU, looking at it would have to wait for it.
+        if input_ids.shape[1] == 1 or not bool(places.any()):
             return self.lm(input_ids=input_ids, attention_mask=attention_mask, **others)
         embed = self.lm.get_input_embeddings()
-        places = input_ids == PLACE
         before = attention_mask[:, -input_ids.shape[1] :].bool() & (places.cumsum(-1) == 0)
         thoughts = self.prior(embed, Text(input_ids.clamp(min=0), before), self.n).thoughts
         if streams is not None and self.noise:
@@ -218,8 +228,21 @@ def load_thinker(
     return Thinker(lm, prior, n, sampling.thought_noise).eval()
 
 
+def check_steps(without: int, rows: int) -> None:
+    """Raises ConfigError where no trajectory has steps that one could choose from."""
+    what = f"{without} of {rows} rows have fewer than two steps before the last one"
+    if without == rows:
+        raise ConfigError(
+            f"data.sources: {what}, among which the objective chooses; give trajectories as steps (a text is cut at `separator`), "
+            "or set the weight of that term to 0"
+        )
+    logger.warning("data.sources: %s; nothing is chosen there", what)
+
+
 def check_thoughts(sampling: SamplingConfig, paths: Sequence[str]) -> None:
     """Raises ConfigError where thoughts are asked of models that have none, or more than there are."""
     asked = "n_latents" if sampling.n_latents else "thought_noise" if sampling.thought_noise else None
     if asked is not None and not any(map(has_prior, paths)):
-        raise ConfigError(f"sampling.{asked}: {', '.join(paths)} has no prior of latent thoughts; remove the key, or name a model that has")
+        raise ConfigError(
+            f"sampling.{asked}: {', '.join(paths)} has no prior of latent thoughts; remove the key, or name a model that has"
+        )

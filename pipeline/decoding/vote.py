@@ -20,7 +20,9 @@ def vote(tools: Tools, prompts: Sequence[Prompt]) -> list[Completion]:
     """
     n, copies = tools.decoding.n, tools.sampling.per_prompt
     found = draw(tools, prompts, n * copies)
-    return [_elected(tools, [found[p, i * n + j] for j in range(n)]) for p in range(len(prompts)) for i in range(copies)]
+    return [
+        _elected(tools, [found[p, i * n + j] for j in range(n)]) for p in range(len(prompts)) for i in range(copies)
+    ]
 
 
 def _elected(tools: Tools, samples: list[Completion]) -> Completion:

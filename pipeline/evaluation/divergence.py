@@ -78,7 +78,9 @@ def sequence_kl(
     device = next(policy.parameters()).device
     for places in _batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], batch_tokens):
         said = [completions[i] for i in places]
-        batches = [_padded([with_places(model, prompts[i]) for i in places], said, device) for model in (policy, reference)]
+        batches = [
+            _padded([with_places(model, prompts[i]) for i in places], said, device) for model in (policy, reference)
+        ]
         for whole, part in zip(result, _batch_kl(policy, reference, *batches, sizes[0]), strict=True):
             whole[places] = part.cpu()
     return result
