@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,7 +89,7 @@ def at(policies: Sequence[Policy], axis: Axis, level: float, metric: str) -> tup
     if not points:
         return None
     points = [_reference(points[0]), *points]
-    for one, other in zip(points, points[1:], strict=False):
+    for one, other in pairwise(points):
         low, high = one[f"samples/{axis}"], other[f"samples/{axis}"]
         if min(low, high) <= level <= max(low, high) and low != high:
             share = (level - low) / (high - low)
