@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,9 +26,9 @@ def evaluate(sweep: Sweep, local: bool) -> None:
     """`jobs.eval` with samples on each finished trial that has not been evaluated yet; kept in the table."""
     from jobs.eval import evaluate as measure
 
-    for trial in list(sweep.table.trials.values()):
-        if trial.state != "finished" or trial.evaluation:
-            continue
+    waiting = [t for t in sweep.table.trials.values() if t.state == "finished" and not t.evaluation]
+    for place, trial in enumerate(waiting, 1):
+        print(f"evaluating trial {trial.name} [{trial.label}], {place} of {len(waiting)}", file=sys.stderr, flush=True)
         config = sweep.config_of(trial)
         silent = config.tracking.model_copy(update={"enabled": False})
         found = measure(config.model_copy(update={"tracking": silent, "checkpoint_from": trial.run}), local, True)

@@ -72,10 +72,13 @@ def conduct(config: RunConfig, local: bool) -> Finished:
     status: tracking.Status = "FAILED"
     try:
         parent.log_config(config.dump())
-        with Lease(sweep.folder), Screen(settings.metric, sweep.folder.name) as screen:
-            with Recorder(sweep, parent, screen.show) as recorder:
+        with Lease(sweep.folder):
+            with (
+                Screen(settings.metric, settings.maximise, sweep.folder.name) as screen,
+                Recorder(sweep, parent, screen.show) as recorder,
+            ):
                 (_in_process if local else _on_ray)(sweep, recorder)
-            if settings.evaluate:
+            if settings.evaluate:  # has bars of its own
                 results.evaluate(sweep, local)
         best, exported = results.conclude(sweep, parent)
         status = "FINISHED"
