@@ -87,7 +87,7 @@ def test_every_method_makes_a_valid_sweep(tmp_path: Path) -> None:
         sweep = {"space": space, "metric": "eval/accuracy"}
         config = configure(place, method.data, "model", 0, {"objective": dict(method.objective), "sweep": sweep})
         points = list(Space(config).grid())
-        assert len(points) == len(method.grid) == FULL.points, name
+        assert len(points) == len(method.grid) <= FULL.points, name
         assert config.data.kind == KIND[method.data]
     assert set(QUICK.methods) <= METHODS.keys()
     assert {claim.more for claim in CLAIMS} | {claim.less for claim in CLAIMS} <= METHODS.keys()

@@ -43,7 +43,7 @@ METHODS: Mapping[str, Method] = {
     "tdpo2": Method("TDPO₂", {"name": "tdpo", "variant": 2, "alpha": 0.5}, DPO_GRID),
     "plackett_luce": Method("Plackett–Luce, rankings", {"name": "plackett_luce"}, DPO_GRID, data="rankings"),
     "unlikelihood": Method("unlikelihood", {"name": "unlikelihood"}, (0.05, 0.1, 0.5, 1.0), knob="alpha"),
-    "dpo_after_sft": Method("DPO after SFT on the chosen", {"name": "dpo"}, DPO_GRID, after_sft=True),
+    "dpo_after_sft": Method("DPO after SFT on the chosen", {"name": "dpo"}, (0.1, 0.3), after_sft=True),
 }
 """f-DPO under the reverse KL is DPO, the same loss: it is run once."""
 
@@ -62,7 +62,7 @@ class Size:
 
 COMPLETIONS = 4
 """Of each training prompt: best and worst make a pair, all of them a ranking."""
-FULL = Size(prompts=1400, held_out=300, per_prompt=2, seeds=(0, 1), methods=tuple(METHODS), points=4)
+FULL = Size(prompts=900, held_out=300, per_prompt=2, seeds=(0, 1), methods=tuple(METHODS), points=4)
 QUICK = Size(
     prompts=250,
     held_out=100,
@@ -77,7 +77,7 @@ HELD_OUT_SEED = 1000
 BASE: Plain = {
     "data": {"max_length": MAX_LENGTH, "append_eos": False},
     "model": {"dtype": "float32"},
-    "optimizer": {"lr": 3e-4, "schedule": "linear", "warmup_steps": 8, "final_lr_fraction": 0.1},
+    "optimizer": {"lr": 5e-4, "schedule": "linear", "warmup_steps": 8, "final_lr_fraction": 0.1},
     "train": {"rows_per_step": 32, "epochs": 2, "eval_every": 16},
     "checkpoint": {"every": 1000, "keep": 1, "export_dtype": "float32"},
     "sampling": {"max_new_tokens": RESPONSE_TOKENS, "scorer": SCORER, "batch_size": 256, "seed": HELD_OUT_SEED},
