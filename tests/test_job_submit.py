@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -26,10 +28,10 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-@pytest.fixture
-def head(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Environment to reach a head of our own; it is ended by its process id."""
-    token = tmp_path / "token"
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Environment to reach a head of our own, which accepts jobs; it is ended by its process id."""
+    token = tmp_path_factory.mktemp("head") / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
     port, dashboard = free_port(), free_port()
@@ -48,7 +50,9 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     try:
-        yield environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+        environment |= {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+        _await_agent(environment)
+        yield environment
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -57,26 +61,48 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
             os.killpg(process.pid, signal.SIGKILL)  # the session that this test started
 
 
-def test_train_through_ray_job_submit(head: dict[str, str], make_config, tmp_path: Path) -> None:
-    make_config()  # writes config.yaml
-    submit = [str(BIN / "ray"), "job", "submit", "--working-dir", str(ROOT), "--", "python", "-m"]
-    overrides = ["scaling.workers=2", "train.max_steps=2", f"storage={tmp_path / 'shared'}"]
+def _await_agent(environment: dict[str, str]) -> None:
+    """The job server answers before the node's agent, which starts jobs, has registered with it."""
     deadline = time.monotonic() + 120
     probe = [str(BIN / "ray"), "job", "submit", "--no-wait", "--", "true"]
-    while True:  # the job server answers before the node's agent, which starts jobs, has registered with it
-        probed = subprocess.run(probe, env=head, capture_output=True, text=True)
-        if probed.returncode == 0:
-            break
+    while (probed := subprocess.run(probe, env=environment, capture_output=True, text=True)).returncode:
         assert time.monotonic() < deadline, probed.stderr
         time.sleep(1)
-    command = [*submit, "jobs.train", str(tmp_path / "config.yaml"), *overrides]
-    done = subprocess.run(command, env=head, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def submit(head: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
+    """`ray job submit` of `python -m COMMAND` in this repository, to its end."""
+    job = [str(BIN / "ray"), "job", "submit", "--working-dir", str(ROOT), "--", "python", "-m", *command]
+    return subprocess.run(job, env=head, cwd=ROOT, capture_output=True, text=True, timeout=400)
+
+
+def test_train_through_ray_job_submit(head: dict[str, str], make_config, tmp_path: Path) -> None:
+    make_config()  # writes config.yaml
+    overrides = ["scaling.workers=2", "train.max_steps=2", f"storage={tmp_path / 'shared'}"]
+    done = submit(head, "jobs.train", str(tmp_path / "config.yaml"), *overrides)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     run = next((tmp_path / "shared" / "runs").iterdir())
     assert (run / "export" / "model.safetensors").is_file()
     assert f"model              {run / 'export'}" in done.stdout
 
-    failing = [*submit, "jobs.train", str(tmp_path / "config.yaml"), "objective.beta=-1"]
-    refused = subprocess.run(failing, env=head, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    refused = submit(head, "jobs.train", str(tmp_path / "config.yaml"), "objective.beta=-1")
     assert refused.returncode != 0
     assert "objective.beta: input should be greater than 0" in refused.stdout + refused.stderr
+
+
+def test_sweep_through_ray_job_submit(head: dict[str, str], make_config, tmp_path: Path) -> None:
+    make_config()
+    space = ["sweep.space.objective.beta=[0.1,0.5]", "sweep.metric=eval/reward/margin", "data.eval_fraction=0.25"]
+    storage = tmp_path / "shared"
+    done = submit(head, "tune.sweep", str(tmp_path / "config.yaml"), *space, "train.max_steps=2", f"storage={storage}")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    for name, beta in (("001", "0.1"), ("002", "0.5")):  # lines where a trial's state changes, instead of a live table
+        for state in ("running", "finished"):
+            assert re.search(rf"^trial {name} \[beta={beta}\] step \d .*{state}$", done.stdout, re.MULTILINE), (
+                done.stdout
+            )
+    (folder,) = (storage / "sweeps").iterdir()
+    assert f"sweep              {folder}" in done.stdout
+    states = [json.loads(line)["state"] for line in (folder / "trials.jsonl").read_text().splitlines()]
+    assert sorted(states) == ["finished", "finished", "running", "running"]
+    assert (folder / "sweep.html").stat().st_size > 10_000

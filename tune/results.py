@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pipeline import checkpoint
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, RunConfig
 from pipeline.export import EXPORT, export
 from pipeline.report import Point, write_sweep_report
 from pipeline.report import Trial as Shown
@@ -25,9 +26,9 @@ def evaluate(sweep: Sweep, local: bool) -> None:
     """`jobs.eval` with samples on each finished trial that has not been evaluated yet; kept in the table."""
     from jobs.eval import evaluate as measure
 
-    for trial in list(sweep.table.trials.values()):
-        if trial.state != "finished" or trial.evaluation:
-            continue
+    waiting = [t for t in sweep.table.trials.values() if t.state == "finished" and not t.evaluation]
+    for place, trial in enumerate(waiting, 1):
+        print(f"evaluating trial {trial.name} [{trial.label}], {place} of {len(waiting)}", file=sys.stderr, flush=True)
         config = sweep.config_of(trial)
         silent = config.tracking.model_copy(update={"enabled": False})
         found = measure(config.model_copy(update={"tracking": silent, "checkpoint_from": trial.run}), local, True)
@@ -71,15 +72,13 @@ def write_page(sweep: Sweep, trials: Sequence[Trial]) -> Path:
 
 def _shown(sweep: Sweep, trial: Trial) -> Shown:
     found, parameters = trial.evaluation, {key: _scalar(value) for key, value in trial.overrides.items()}
-    objective, beta = sweep.config.objective_name, None
+    objective, label = sweep.config.objective_name, ""
     if trial.run:
-        config = sweep.config_of(trial)
-        kind, beta = getattr(config.objective, "divergence", None), getattr(config.objective, "beta", None)
-        objective = config.objective_name + (f", {kind}" if kind else "")
+        objective, label = series_of(sweep.config_of(trial), trial.overrides)
     points = ()
     if found.keys() >= {REWARD, KL}:
         errors = {"kl_error": found.get(f"{KL}_se"), "reward_error": found.get(f"{REWARD}_se")}
-        points = (Point(kl=found[KL], reward=found[REWARD], label="" if beta is None else short(beta), **errors),)
+        points = (Point(kl=found[KL], reward=found[REWARD], label=label, **errors),)
     return Shown(
         label=f"{trial.name} {trial.label}".strip(),
         objective=objective,
@@ -89,6 +88,25 @@ def _shown(sweep: Sweep, trial: Trial) -> Shown:
         reason=trial.reason,
         points=points,
     )
+
+
+def series_of(config: RunConfig, overrides: Mapping[str, Any]) -> tuple[str, str]:
+    """(series, label) of a trial on the frontier: the strength of its leash is the label, what else the objective was given by the
+    sweep tells series apart. The strength is β, or for an objective without one the number that was swept."""
+    swept: dict[str, Any] = {}
+    for key, value in overrides.items():
+        section, _, field = key.partition(".")
+        if section == "objective":
+            swept |= {field: value} if field else dict(value)
+    swept.pop("name", None)
+    numbers = [
+        field for field, value in swept.items() if isinstance(value, float | int) and not isinstance(value, bool)
+    ]
+    strength = "beta" if hasattr(config.objective, "beta") else next(iter(numbers), None)
+    kinds = {field: value for field, value in swept.items() if field != strength}
+    words = [value if isinstance(value, str) else f"{field} {short(value)}" for field, value in kinds.items()]
+    label = "" if strength is None else short(getattr(config.objective, strength))
+    return ", ".join([config.objective_name, *words]), label
 
 
 def _scalar(value: Any) -> float | int | str | bool | None:

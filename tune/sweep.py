@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.config import ConfigError, RunConfig
@@ -28,25 +29,45 @@ HELP = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A sweep that came to its end, and its best model."""
+
+    sweep: Sweep
+    tracker: Tracker
+    best: Trial | None  # None: no trial finished
+    export: Path | None
+
+
 def run(config: RunConfig, options: argparse.Namespace) -> None:
     """Run the sweep to its end and say where everything is. Raises ConfigError."""
+    from tune.live import print_final
+
+    done = conduct(config, options.local)
+    settings = done.sweep.settings
+    print_final(done.sweep.table.ranked(settings.metric, settings.maximise), settings.metric, config.name)
+    print(_describe(done))
+
+
+def conduct(config: RunConfig, local: bool) -> Finished:
+    """All trials, their evaluation where asked for, and the best model. Raises ConfigError."""
     settings = config.sweep
     if settings is None:
         raise ConfigError(
             "sweep: missing; add a section sweep with a space, e.g. sweep={space: {objective.beta: default}}"
         )
-    if options.local and settings.scheduler != "fifo":
+    if local and settings.scheduler != "fifo":
         raise ConfigError("sweep.scheduler: --local runs one trial after the other; set it to fifo")
     if config.scaling.elastic:
         raise ConfigError("scaling.workers: a sweep's trials share workers that stay; give one number")
     from pipeline import tracking
     from pipeline.checkpoint import Lease
     from tune import results
-    from tune.live import Screen, print_final
+    from tune.live import Screen
     from tune.plan import Sweep
     from tune.record import Recorder
 
-    sweep = Sweep(config, options.local)
+    sweep = Sweep(config, local)
     parent = tracking.start(config, sweep.folder, sweep.identity)
     known = len(sweep.table.done())
     if known:
@@ -54,11 +75,14 @@ def run(config: RunConfig, options: argparse.Namespace) -> None:
     status: tracking.Status = "FAILED"
     try:
         parent.log_config(config.dump())
-        with Lease(sweep.folder), Screen(settings.metric, sweep.folder.name) as screen:
-            with Recorder(sweep, parent, screen.show) as recorder:
-                (_in_process if options.local else _on_ray)(sweep, recorder)
-            if settings.evaluate:
-                results.evaluate(sweep, options.local)
+        with Lease(sweep.folder):
+            with (
+                Screen(settings.metric, settings.maximise, sweep.folder.name) as screen,
+                Recorder(sweep, parent, screen.show) as recorder,
+            ):
+                (_in_process if local else _on_ray)(sweep, recorder)
+            if settings.evaluate:  # has bars of its own
+                results.evaluate(sweep, local)
         best, exported = results.conclude(sweep, parent)
         status = "FINISHED"
     except (KeyboardInterrupt, Leaving):
@@ -66,19 +90,18 @@ def run(config: RunConfig, options: argparse.Namespace) -> None:
         raise
     finally:
         parent.finish(status)
-    print_final(sweep.table.ranked(settings.metric, settings.maximise), settings.metric, config.name)
-    print(_describe(sweep, parent, best, exported))
+    return Finished(sweep, parent, best, exported)
 
 
-def _describe(sweep: Sweep, parent: Tracker, best: Trial | None, exported: Path | None) -> str:
+def _describe(done: Finished) -> str:
     """Where everything is, and what to do next."""
-    lines = [f"sweep              {sweep.folder}"]
-    if parent.location:
-        lines.append(f"mlflow             {parent.location}")
+    lines, best = [f"sweep              {done.sweep.folder}"], done.best
+    if done.tracker.location:
+        lines.append(f"mlflow             {done.tracker.location}")
     if best is None:
         return "\n".join([*lines, "best               none: no trial finished"])
     chosen = " ".join(f"{key}={value}" for key, value in best.overrides.items())
-    lines += [f"best               trial {best.name}: {chosen}", f"model              {exported}"]
+    lines += [f"best               trial {best.name}: {chosen}", f"model              {done.export}"]
     return "\n".join([*lines, f"next               qalign eval CONFIG.yaml checkpoint_from={best.run}"])
 
 
