@@ -69,6 +69,11 @@ class DecodingTask:
             return False
         return json.loads(self._description.read_text())["identity"] == self.identity
 
+    def facts(self) -> dict[str, float]:
+        """Totals of the finished output: rows, tokens, refused, seconds of all actors, scores."""
+        told = json.loads(self._description.read_text())
+        return {name: value for name, value in told.items() if name not in ("identity", "method")}
+
     def finish(self) -> dict[str, float]:
         """Join the pieces into the output; their totals."""
         facts = self.files.facts(len(self.pieces))
