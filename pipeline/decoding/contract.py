@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config import ConfigError, DecodingConfig, SamplingConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Role = Literal["policy", "reference", "baseline", "base", "scorer", "baseline_scorer"]
 """policy: the aligned model that is decoded from. reference: the model it was aligned from (SFT). baseline: a model already
@@ -57,6 +60,7 @@ class Tools:
     scorers: Mapping[str, Score] = field(default_factory=dict)  # by role
     beta: float | None = None  # strength of the leash that the baseline was aligned with
     progress: Callable[[int], None] | None = None  # is told the number of completions after each batch
+    sampler: Sampler | None = None  # draws from the policy in place of `sampling`'s own loop
 
     def model(self, role: str) -> nn.Module:
         """The model in this role, ready for inference."""
@@ -79,6 +83,9 @@ class Tools:
             self.progress(completions)
 
 
+Sampler = Callable[[Tools, Sequence[Prompt], int], dict[tuple[int, int], Completion]]
+"""(tools, prompts, completions of each) → completions by (place of the prompt, copy)."""
+
 Decode = Callable[[Tools, Sequence[Prompt]], list[Completion]]
 
 
@@ -91,17 +98,17 @@ class Decoder(NamedTuple):
     """The model whose log-probabilities the completions carry; None: a mixture of the decoder's own."""
 
 
-def check_lengths(model: nn.Module, prompts: Sequence[Prompt], new_tokens: int) -> None:
+def check_lengths(config: PreTrainedConfig, prompts: Sequence[Prompt], new_tokens: int) -> None:
     """Raises ConfigError for an empty prompt, or one that leaves no room in the model's context."""
     for place, prompt in enumerate(prompts):
-        reason = unusable(prompt.ids, context_of(model), new_tokens)
+        reason = unusable(prompt.ids, context_of(config), new_tokens)
         if reason is not None:
             raise ConfigError(f"prompt {place}: {reason}")
 
 
-def context_of(model: nn.Module) -> int | None:
-    """Positions that the model knows; None: no bound."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def context_of(config: PreTrainedConfig) -> int | None:
+    """Positions that a model knows; None: no bound."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def unusable(ids: Sequence[int], context: int | None, new_tokens: int) -> str | None:
