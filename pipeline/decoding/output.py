@@ -34,7 +34,7 @@ SCHEMA = pa.schema(
         ("score", pa.float64()),
         ("method", pa.string()),
         ("seconds", pa.float64()),
-        ("details", pa.map_(pa.string(), pa.float64())),
+        ("details", pa.list_(pa.struct([("name", pa.string()), ("value", pa.float64())]))),  # no map: datasets has none
     ]
 )
 """A row of the output: one completion. logprobs: under what the decoder drew from; seconds: the batch's, shared out evenly."""
@@ -150,5 +150,5 @@ def _write_parquet(parts: Iterator[Path], target: Path) -> None:
         for part in parts:
             rows = [json.loads(line) for line in part.read_text(encoding="utf-8").split("\n") if line]
             for row in rows:
-                row["details"] = list(row["details"].items())
+                row["details"] = [{"name": name, "value": value} for name, value in row["details"].items()]
             writer.write_table(pa.Table.from_pylist(rows, SCHEMA))

@@ -144,7 +144,7 @@ def test_columns_are_what_they_say(decode: Decode, models: Path, tmp_path: Path)
     assert [one["source"] for one in refused] == ["prompts.jsonl:3", "prompts.jsonl:6"]
     assert "empty prompt" in refused[0]["reason"]
     best = decode("decoding.method=best_of_n", "decoding.n=4", output="best.parquet")
-    assert best[0]["details"][1] == ("kl_bound", pytest.approx(0.6362943611))
+    assert best[0]["details"][1] == {"name": "kl_bound", "value": pytest.approx(0.6362943611)}
     assert best[0]["policy_logprobs"] == best[0]["logprobs"]
     exact = token_logprobs(*_alone(models, "sft", best[0]), 0)[0]
     assert best[0]["reference_logprobs"] == pytest.approx(exact, abs=1e-5)
