@@ -61,6 +61,6 @@ clean:
 	$(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
-.venv/.demo-stamp .venv/.dev-stamp .venv/.throughput-stamp .venv/.optuna-stamp: .venv/.%-stamp: requirements/%.lock .venv/.base-stamp
+.venv/.demo-stamp .venv/.dev-stamp .venv/.throughput-stamp .venv/.optuna-stamp .venv/.coherence-stamp: .venv/.%-stamp: requirements/%.lock .venv/.base-stamp
 	$(INSTALL) --no-deps -r $<
 	@touch $@

@@ -55,7 +55,7 @@ def score(responses: Sequence[Sequence[int]]) -> Tensor:
 
 def recompute(work: Work) -> list[list[int]]:
     """No cache anywhere."""
-    return [_guided(work, prompt, _rolled_uncached) for prompt in work.prompts]
+    return [_guided(work, prompt, _each_uncached) for prompt in work.prompts]
 
 
 def restart(work: Work) -> list[list[int]]:
@@ -63,16 +63,24 @@ def restart(work: Work) -> list[list[int]]:
     return [_guided(work, prompt, _rolled_by_generate) for prompt in work.prompts]
 
 
+Roll = Callable[[Work, list[int], list[list[int]], int], list[list[int]]]
+"""(work, prompt, beginnings of responses, tokens to add to each) → the longer responses."""
+
+
 @torch.inference_mode()
-def _guided(work: Work, prompt: list[int], roll: Callable[[Work, list[int], list[int], int], list[int]]) -> list[int]:
+def _guided(work: Work, prompt: list[int], roll: Roll) -> list[int]:
     response: list[int] = []
     while len(response) < work.new and (not response or response[-1] not in work.ends):
         logits = work.reference(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, -1].float()
         top = logits.log_softmax(-1).topk(work.candidates)
         room = min(work.rollout, work.new - len(response) - 1)
-        whole = [roll(work, prompt, [*response, token], room) for token in top.indices.tolist()]
+        whole = roll(work, prompt, [[*response, token] for token in top.indices.tolist()], room)
         response.append(int(top.indices[(top.values + score(whole).float() / work.alpha).argmax()]))
     return response
+
+
+def _each_uncached(work: Work, prompt: list[int], begun: list[list[int]], room: int) -> list[list[int]]:
+    return [_rolled_uncached(work, prompt, response, room) for response in begun]
 
 
 def _rolled_uncached(work: Work, prompt: list[int], response: list[int], room: int) -> list[int]:
@@ -84,14 +92,22 @@ def _rolled_uncached(work: Work, prompt: list[int], response: list[int], room: i
     return response
 
 
-def _rolled_by_generate(work: Work, prompt: list[int], response: list[int], room: int) -> list[int]:
-    if room == 0 or response[-1] in work.ends:
-        return response
-    ids = torch.tensor([prompt + response])
+def _rolled_by_generate(work: Work, prompt: list[int], begun: list[list[int]], room: int) -> list[list[int]]:
+    """One batch; what is behind an end is padding."""
+    going = [response for response in begun if room and response[-1] not in work.ends]
+    if not going:
+        return begun
+    ids = torch.tensor([prompt + response for response in going])
     out = work.baseline.generate(
         ids, max_new_tokens=room, do_sample=False, eos_token_id=list(work.ends), pad_token_id=0
     )
-    return out[0, len(prompt) :].tolist()
+    longer = iter(_up_to_end(row, work.ends) for row in out[:, len(prompt) :].tolist())
+    return [next(longer) if response in going else response for response in begun]
+
+
+def _up_to_end(response: list[int], ends: Sequence[int]) -> list[int]:
+    stop = next((n for n, token in enumerate(response, start=1) if token in ends), len(response))
+    return response[:stop]
 
 
 def ours(work: Work) -> list[list[int]]:

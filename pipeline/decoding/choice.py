@@ -85,9 +85,14 @@ def _nucleus_border(probs: Tensor, mass: float) -> Tensor:
 
 def stream(seed: int, key: int, copy: int, device: torch.device, purpose: str = "") -> torch.Generator:
     """The random stream of one completion of the prompt that `key` names; each further purpose has one of its own."""
+    return torch.Generator(device).manual_seed(stream_seed(seed, key, copy, purpose))
+
+
+def stream_seed(seed: int, key: int, copy: int, purpose: str = "") -> int:
+    """What a stream begins with, 0 … 2⁶³ − 1."""
     name = f"{seed}/{key}/{copy}/{purpose}" if purpose else f"{seed}/{key}/{copy}"
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+    return int.from_bytes(digest, "little") >> 1
 
 
 def gumbel(streams: Sequence[torch.Generator], like: Tensor) -> Tensor:

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config import ConfigError, DecodingConfig, SamplingConfig
-from pipeline.thinker import with_places
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Role = Literal["policy", "reference", "baseline", "base", "scorer", "baseline_scorer"]
 """policy: the aligned model that is decoded from. reference: the model it was aligned from (SFT). baseline: a model already
@@ -59,6 +61,7 @@ class Tools:
     beta: float | None = None  # strength of the leash that the baseline was aligned with
     answer: Callable[[Sequence[int]], str | None] | None = None  # what a response's answer is, where it has one
     progress: Callable[[int], None] | None = None  # is told the number of completions after each batch
+    sampler: Sampler | None = None  # draws from the policy in place of `sampling`'s own loop
 
     def model(self, role: str) -> nn.Module:
         """The model in this role, ready for inference."""
@@ -81,6 +84,9 @@ class Tools:
             self.progress(completions)
 
 
+Sampler = Callable[[Tools, Sequence[Prompt], int], dict[tuple[int, int], Completion]]
+"""(tools, prompts, completions of each) → completions by (place of the prompt, copy)."""
+
 Decode = Callable[[Tools, Sequence[Prompt]], list[Completion]]
 
 
@@ -93,18 +99,18 @@ class Decoder(NamedTuple):
     """The model whose log-probabilities the completions carry; None: a mixture of the decoder's own."""
 
 
-def check_lengths(model: nn.Module, prompts: Sequence[Prompt], new_tokens: int) -> None:
+def check_lengths(config: PreTrainedConfig, prompts: Sequence[Prompt], new_tokens: int) -> None:
     """Raises ConfigError for an empty prompt, or one that leaves no room in the model's context."""
     for place, prompt in enumerate(prompts):
-        reason = unusable(prompt.ids, context_of(model), new_tokens)
+        reason = unusable(prompt.ids, context_of(config), new_tokens)
         if reason is not None:
             raise ConfigError(f"prompt {place}: {reason}")
 
 
-def context_of(model: nn.Module) -> int | None:
-    """Positions that the model knows, less those of its thoughts; None: no bound."""
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return None if known is None else known - len(with_places(model, []))
+def context_of(config: PreTrainedConfig, thoughts: int = 0) -> int | None:
+    """Positions that a model knows, less those of its thoughts; None: no bound."""
+    known = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if known is None else known - thoughts
 
 
 def unusable(ids: Sequence[int], context: int | None, new_tokens: int) -> str | None:

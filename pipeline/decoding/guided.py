@@ -76,7 +76,7 @@ def guided(tools: Tools, prompts: Sequence[Prompt], value: Value, roller: Role, 
     """
     settings = tools.sampling
     for role in dict.fromkeys(("reference", roller)):
-        check_lengths(tools.model(role), prompts, settings.max_new_tokens)
+        check_lengths(tools.model(role).config, prompts, settings.max_new_tokens)
     (order,) = portions(prompts, len(prompts)) or [[]]
     draws = [Draw(prompts[p], p, i) for p in order for i in range(settings.per_prompt)]
     size = max(1, settings.batch_size // max(1, sequences))

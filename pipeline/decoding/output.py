@@ -1,4 +1,4 @@
-"""What `jobs.decode` writes: pieces as they are done, then one file.
+"""What `jobs.decode` writes: pieces as they are done, then one file, or one folder as `datasets` saves them.
 
 A piece is two files, rows and refused rows, and a third with counts that is written last: without it the piece does not exist.
 Assembling streams the pieces, in order, into the file that was asked for and deletes them; a description beside it says what
@@ -19,7 +19,8 @@ import pyarrow as pa
 from pipeline.config import ConfigError
 from pipeline.durable import flush, write_json
 
-ENDINGS = (".jsonl", ".parquet")
+ENDINGS = (".jsonl", ".parquet", "")
+"""Of the output's name; without one it is a folder."""
 SCHEMA = pa.schema(
     [
         ("source", pa.string()),
@@ -33,7 +34,7 @@ SCHEMA = pa.schema(
         ("score", pa.float64()),
         ("method", pa.string()),
         ("seconds", pa.float64()),
-        ("details", pa.map_(pa.string(), pa.float64())),
+        ("details", pa.list_(pa.struct([("name", pa.string()), ("value", pa.float64())]))),  # no map: datasets has none
     ]
 )
 """A row of the output: one completion. logprobs: under what the decoder drew from; seconds: the batch's, shared out evenly."""
@@ -44,7 +45,12 @@ _FACTS = ("rows", "tokens", "refused", "seconds", "scored", "score", "score_squa
 def check_output(path: Path) -> None:
     """Raises ConfigError for a name that says nothing about the format."""
     if path.suffix not in ENDINGS:
-        raise ConfigError(f"sampling.output: {path} has to end in {' or '.join(ENDINGS)}")
+        raise ConfigError(
+            f"sampling.output: {path} has to end in .jsonl or .parquet, or in nothing for a folder that datasets reads"
+        )
+    saved = (path / "dataset_info.json").is_file()
+    if not path.suffix and path.exists() and not saved:
+        raise ConfigError(f"sampling.output: {path} is there and no folder saved by datasets; name another")
 
 
 class Pieces:
@@ -91,12 +97,15 @@ class Pieces:
         output.parent.mkdir(parents=True, exist_ok=True)
         aside = output.with_name(f".{output.name}.{os.getpid()}.new")
         rows = (self._rows(number) for number in range(count))
-        if output.suffix == ".parquet":
-            _write_parquet(rows, aside)
-        else:
+        if output.suffix == ".jsonl":
             _join(rows, aside)
-        flush(aside)
-        aside.replace(output)
+        else:
+            _write_parquet(rows, aside)
+        if output.suffix:
+            flush(aside)
+            aside.replace(output)
+        else:
+            _as_folder(aside, output)
         _join((self._refused(number) for number in range(count)), quarantine)
         if not quarantine.stat().st_size:
             quarantine.unlink()
@@ -122,6 +131,18 @@ def _join(parts: Iterator[Path], target: Path) -> None:
                 shutil.copyfileobj(stream, out)
 
 
+def _as_folder(parquet: Path, output: Path) -> None:
+    """Turn a parquet file into a folder saved by `datasets`, in place of an earlier one; memory stays that of a batch."""
+    from datasets import Dataset
+
+    cache, aside = parquet.with_suffix(".cache"), parquet.with_suffix(".folder")
+    Dataset.from_parquet(str(parquet), cache_dir=str(cache)).save_to_disk(str(aside))
+    shutil.rmtree(output, ignore_errors=True)
+    aside.replace(output)
+    shutil.rmtree(cache)
+    parquet.unlink()
+
+
 def _write_parquet(parts: Iterator[Path], target: Path) -> None:
     from pyarrow import parquet
 
@@ -129,5 +150,5 @@ def _write_parquet(parts: Iterator[Path], target: Path) -> None:
         for part in parts:
             rows = [json.loads(line) for line in part.read_text(encoding="utf-8").split("\n") if line]
             for row in rows:
-                row["details"] = list(row["details"].items())
+                row["details"] = [{"name": name, "value": value} for name, value in row["details"].items()]
             writer.write_table(pa.Table.from_pylist(rows, SCHEMA))

@@ -28,12 +28,14 @@ from pipeline.decoding.output import Pieces
 from pipeline.decoding.rescoring import token_logprobs
 from pipeline.decoding.scoring import load_scorers
 from pipeline.decoding.stage import pad_of
+from pipeline.decoding.vllm_engine import VllmSampler
 from pipeline.layouts import parse_prompt
-from pipeline.pretrained import load_tokenizer
+from pipeline.pretrained import load_config, load_tokenizer
 from pipeline.rendering import Renderer
 from pipeline.rows import Rows
 from pipeline.sources import Chunk, Plan, RawRecord, read
 from pipeline.stage import Item
+from pipeline.thinker import thoughts_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +110,15 @@ class DecodePiece:
         self.decoder = DECODERS[options.decoding.method]
         self.tokenizer = load_tokenizer(tokenizer, options.model.trust_remote_code)
         self.render = Renderer(self.tokenizer, options.data)
-        self.models = load_models(options, weights, torch.device("cuda" if gpu else "cpu"))
+        vllm = options.decoding.engine == "vllm"
+        own = {role: path for role, path in weights.items() if not (vllm and role == "policy")}
+        self.models = load_models(options, own, torch.device("cuda" if gpu else "cpu"))
         self.scorers = load_scorers(options, self.tokenizer, tokenizer, gpu)
-        self.contexts = [c for model in self.models.values() if (c := context_of(model)) is not None]
+        found = [
+            context_of(load_config(path, options.model.trust_remote_code), thoughts_of(path, options.sampling))
+            for path in weights.values()
+        ]
+        self.contexts = [context for context in found if context is not None]
         self.pieces = Pieces(Path(folder))
         self.tools = Tools(
             options.sampling,
@@ -121,6 +129,7 @@ class DecodePiece:
             dict(self.scorers),
             beta=options.decoding.beta or getattr(options.objective, "beta", None),
             answer=self._answer,
+            sampler=VllmSampler(weights["policy"], options) if vllm else None,
         )
 
     def __call__(self, item: Item) -> Item:

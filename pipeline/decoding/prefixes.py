@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from pipeline.decoding.cache import forked, new_cache
+from pipeline.decoding.cache import exchange, forked, new_cache
 from pipeline.thinker import with_places
 
 
@@ -23,9 +23,12 @@ class Prefixes:
     logits [A, V]: of the token that comes next, float32 (or float64 where the model computes in it).
     """
 
-    def __init__(self, model: nn.Module, cache: DynamicCache, logits: Tensor, mask: Tensor) -> None:
+    def __init__(
+        self, model: nn.Module, cache: DynamicCache, logits: Tensor, mask: Tensor, root: Tensor, shared: int
+    ) -> None:
         self.model, self.logits, self._cache, self._mask = model, logits, cache, mask
         self._position = mask.sum(-1)  # [A] of the next token
+        self._root, self._shared = root, shared  # rows of equal root [A] have their first `shared` places in common
 
     @classmethod
     def of(
@@ -54,7 +57,7 @@ class Prefixes:
             **last_logits_only(model),
             **({} if streams is None else {"streams": streams}),
         )
-        return cls(model, cache, _wide(out.logits), mask)
+        return cls(model, cache, _wide(out.logits), mask, torch.arange(len(mask), device=device), width)
 
     def __len__(self) -> int:
         return len(self._mask)
@@ -71,15 +74,22 @@ class Prefixes:
     def select(self, rows: Tensor) -> Prefixes:
         """A fork of these rows [A'], any of them several times; appending to one leaves the other as it is."""
         rows = rows.to(self.device)
-        return Prefixes(self.model, forked(self._cache, rows), self.logits[rows], self._mask[rows])
+        root = self._root[rows]
+        return Prefixes(self.model, forked(self._cache, rows), self.logits[rows], self._mask[rows], root, self._shared)
 
     def keep(self, rows: Tensor) -> None:
-        """These rows [A'] take the place of all; costs nothing where they are the same."""
+        """These rows [A'] take the place of all; costs nothing where they are the same, and little where each is replaced
+        by one of the same prompt."""
         rows = rows.to(self.device)
-        if len(rows) == len(self) and bool((rows == torch.arange(len(self), device=self.device)).all()):
+        if torch.equal(rows, torch.arange(len(self), device=self.device)):
             return
-        self._cache.reorder_cache(rows)
-        self.logits, self._mask, self._position = self.logits[rows], self._mask[rows], self._position[rows]
+        root = self._root[rows]
+        if torch.equal(root, self._root):
+            exchange(self._cache, rows, self._shared)
+        else:
+            self._cache.reorder_cache(rows)
+        self.logits, self._mask = self.logits[rows], self._mask[rows]
+        self._position, self._root = self._position[rows], root
 
     def append(self, tokens: Tensor) -> None:
         """One token behind each sequence, tokens [A]."""

@@ -22,7 +22,7 @@ def decode(tools: Tools, prompts: Sequence[Prompt]) -> list[Completion]:
     """`per_prompt` completions of each prompt, drawn with the settings of `sampling`. They carry log π of the mixture."""
     settings = tools.sampling
     for role in ROLES:
-        check_lengths(tools.model(role), prompts, settings.max_new_tokens)
+        check_lengths(tools.model(role).config, prompts, settings.max_new_tokens)
     (order,) = portions(prompts, len(prompts)) or [[]]
     draws = [(p, i) for p in order for i in range(settings.per_prompt)]
     found: dict[tuple[int, int], Completion] = {}

@@ -28,8 +28,10 @@ def sample(tools: Tools, prompts: Sequence[Prompt]) -> list[Completion]:
 
 def draw(tools: Tools, prompts: Sequence[Prompt], copies: int) -> dict[tuple[int, int], Completion]:
     """Completions 0 … copies − 1 of each prompt, by (place of the prompt, copy)."""
+    if tools.sampler is not None:
+        return tools.sampler(tools, prompts, copies)
     settings, model = tools.sampling, tools.model("policy")
-    check_lengths(model, prompts, settings.max_new_tokens)
+    check_lengths(model.config, prompts, settings.max_new_tokens)
     (order,) = portions(prompts, len(prompts)) or [[]]
     draws = [(p, i) for p in order for i in range(copies)]
     done: dict[tuple[int, int], Completion] = {}

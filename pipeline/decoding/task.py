@@ -14,20 +14,21 @@ from typing import Any, NamedTuple
 from pipeline import cluster, driver
 from pipeline.config import ConfigError, RunConfig, digest
 from pipeline.decoding import DECODERS
-from pipeline.decoding.contract import Decoder, Role
+from pipeline.decoding.contract import Decoder, Role, context_of
 from pipeline.decoding.loading import KEYS, check_scorers, weights
 from pipeline.decoding.output import Pieces, check_output
 from pipeline.decoding.pieces import Piece, check_room, pieces_of_rows, pieces_of_source
 from pipeline.decoding.transfer_q import check_indirect
+from pipeline.decoding.vllm_engine import choose
 from pipeline.durable import write_json
 from pipeline.pretrained import fingerprint, load_config, locate, precision
 from pipeline.rows import Rows
 from pipeline.sources import plan
-from pipeline.thinker import check_thoughts
+from pipeline.thinker import check_thoughts, thoughts_of
 
 _MEANING: dict[str, set[str]] = {
     "sampling": {"output", "batch_size"},
-    "decoding": {"rows_per_piece"},
+    "decoding": {"rows_per_piece", "engine_memory"},
     "data": {"sources", "eval_sources"},
     "evaluation": {"evaluators", "against", "bins", "samples_shown", "credit_rows", "planted"},
 }
@@ -66,9 +67,14 @@ class DecodingTask:
 
     def finished(self) -> bool:
         """Whether the output is there and this very task made it."""
-        if not self.output.is_file() or not self._description.is_file():
+        if not self.output.exists() or not self._description.is_file():
             return False
         return json.loads(self._description.read_text())["identity"] == self.identity
+
+    def facts(self) -> dict[str, float]:
+        """Totals of the finished output: rows, tokens, refused, seconds of all actors, scores."""
+        told = json.loads(self._description.read_text())
+        return {name: value for name, value in told.items() if name not in ("identity", "method")}
 
     def finish(self) -> dict[str, float]:
         """Join the pieces into the output; their totals."""
@@ -87,9 +93,11 @@ def plan_task(config: RunConfig, local: bool) -> DecodingTask:
     roles: set[Role] = (set(decoder.needs) - {"scorer"}) | set(config.decoding.logprobs)
     found = weights(config, roles, world.policy, world.reference, world.tokenizer)
     check_thoughts(config.sampling, list(found.values()))
+    engine = {"engine": choose(config, local, thoughts_of(found.get("policy", ""), config.sampling))}
+    config = config.model_copy(update={"decoding": config.decoding.model_copy(update=engine)})
     for role, path in found.items():
-        text = load_config(path, config.model.trust_remote_code, KEYS[role]).get_text_config()
-        check_room(config, getattr(text, "max_position_embeddings", None))
+        settings = load_config(path, config.model.trust_remote_code, KEYS[role])
+        check_room(config, context_of(settings, thoughts_of(path, config.sampling)))
     pieces, content = _prompts(config, world)
     identity = _identity(config, found, content, world.tokenizer)
     default = world.folder / f"{config.decoding.method}-{identity}.jsonl"

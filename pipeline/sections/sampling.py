@@ -38,7 +38,8 @@ class SamplingConfig(Section):
     """`vader`, `verifiable` (the right answer), `classifier:NAME` (a sequence classifier, or a run of reward_model), or a dotted
     path `package.module:function` from (prompt, response) to a number."""
     output: str | None = None
-    """File that `jobs.decode` writes (jsonl or parquet); default: in the run's folder."""
+    """File that `jobs.decode` writes (jsonl or parquet; without an ending, a folder that `datasets` reads); default: in the
+    run's folder."""
 
     @model_validator(mode="after")
     def _bounds(self) -> SamplingConfig:
@@ -54,6 +55,10 @@ class DecodingConfig(Section):
     """One of `pipeline.decoding.DECODERS`: sampling, beam, best_of_n, vote, args, controlled, transfer_q, proxy."""
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """sampling, best_of_n, vote, proxy: leave out tokens less likely than this share of the likeliest."""
+    engine: Literal["transformers", "vllm", "auto"] = "transformers"
+    """sampling, best_of_n: `vllm` needs a GPU and its package, and draws with other random numbers; `auto`: where both are there."""
+    engine_memory: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """vllm: its share of the GPU's memory; other models need the rest."""
     beams: Count = 4
     length_penalty: float = 1.0
     """beam: a response of n tokens scores Σ log π / n^length_penalty."""
@@ -83,8 +88,8 @@ class DecodingConfig(Section):
     """proxy: the model that the policy's change is added to; default: the reference."""
     weight: float = 1.0
     """proxy: how much of the change is added."""
-    logprobs: tuple[Literal["policy", "reference"], ...] = ()
-    """Models whose log-probabilities of the tokens are written beside those that the decoder itself had."""
+    logprobs: tuple[Literal["policy", "reference"], ...] = ("policy", "reference")
+    """Models whose log-probabilities of the tokens are written; one that the decoder has no other use for is loaded for them."""
     rows_per_piece: Count = 64
     """Prompts that are decoded and written together: what a killed job repeats at most, per actor."""
 

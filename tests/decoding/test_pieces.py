@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import load_from_disk
 from pyarrow import parquet
 
 from jobs.cli import main
@@ -89,6 +90,8 @@ def decode(models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> D
         asked = [*overrides, f"sampling.output={tmp_path / output}"]
         if main(["decode", str(tmp_path / "config.yaml"), *where, *asked]):
             raise RuntimeError(capfd.readouterr().err)
+        if "." not in output:
+            return load_from_disk(str(tmp_path / output)).to_list()
         if output.endswith(".parquet"):
             return parquet.read_table(tmp_path / output).to_pylist()
         return [json.loads(line) for line in (tmp_path / output).read_text().splitlines()]
@@ -141,9 +144,23 @@ def test_columns_are_what_they_say(decode: Decode, models: Path, tmp_path: Path)
     assert [one["source"] for one in refused] == ["prompts.jsonl:3", "prompts.jsonl:6"]
     assert "empty prompt" in refused[0]["reason"]
     best = decode("decoding.method=best_of_n", "decoding.n=4", output="best.parquet")
-    assert best[0]["details"][1] == ("kl_bound", pytest.approx(0.6362943611))
+    assert best[0]["details"][1] == {"name": "kl_bound", "value": pytest.approx(0.6362943611)}
     assert best[0]["policy_logprobs"] == best[0]["logprobs"]
-    assert best[0]["reference_logprobs"] is None
+    exact = token_logprobs(*_alone(models, "sft", best[0]), 0)[0]
+    assert best[0]["reference_logprobs"] == pytest.approx(exact, abs=1e-5)
+    bare = decode("decoding.method=best_of_n", "decoding.n=4", "decoding.logprobs=[]", output="bare.jsonl")
+    assert bare[0]["token_ids"] == best[0]["token_ids"]
+    assert bare[0]["reference_logprobs"] is None
+    folder = decode("decoding.method=best_of_n", "decoding.n=4", output="folder")
+    assert without_time(folder) == without_time(best)
+    assert decode("decoding.method=best_of_n", "decoding.n=4", "sampling.seed=5", output="folder") != folder
+    assert sorted(path.name for path in tmp_path.glob(".*")) == []
+
+
+def _alone(models: Path, name: str, row: dict) -> tuple:
+    """The model, and one row of the output as prompt and response."""
+    model = load_causal_lm(str(models / name), torch.float32)
+    return model, [Prompt(_bytes(models, row["prompt"]), 0)], [row["token_ids"]]
 
 
 def _bytes(models: Path, text: str) -> list[int]:
@@ -234,6 +251,7 @@ def test_a_scorer_that_fails_on_a_row_puts_it_into_quarantine(decode: Decode, tm
         (["checkpoint_from={models}/short", "sampling.max_new_tokens=16"], "exceed the model's context of 16"),
         (["decoding.method=beam", "sampling.per_prompt=9"], "4 beams find no 9 responses"),
         (["sampling.output=/tmp/x.csv"], "has to end in .jsonl or .parquet"),
+        (["sampling.output=here"], "is there and no folder saved by datasets"),
         (
             [
                 "decoding.method=transfer_q",
@@ -244,10 +262,13 @@ def test_a_scorer_that_fails_on_a_row_puts_it_into_quarantine(decode: Decode, tm
         ),
     ],
 )
-def test_what_cannot_work_is_one_line_before_any_work(decode: Decode, models: Path, overrides: list[str], message: str):
-    output = "out.csv" if ".csv" in str(overrides) else "out.jsonl"
+def test_what_cannot_work_is_one_line_before_any_work(
+    decode: Decode, models: Path, tmp_path: Path, overrides: list[str], message: str
+):
+    (tmp_path / "here").mkdir()
+    named = next((o.rpartition("/")[2].rpartition("=")[2] for o in overrides if "output=" in o), "out.jsonl")
     with pytest.raises(RuntimeError) as caught:
-        decode(*[o.replace("{models}", str(models)) for o in overrides if ".csv" not in o], output=output)
+        decode(*[o.replace("{models}", str(models)) for o in overrides if "output=" not in o], output=named)
     told = [line for line in str(caught.value).splitlines() if line.startswith("error: ")]
     assert len(told) == 1
     assert message in told[0]

@@ -42,6 +42,32 @@ def _agree(model: torch.nn.Module, histories: list[list[int]], prefixes: Prefixe
     torch.testing.assert_close(prefixes.logprobs, exact, atol=3e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral-sliding", "gpt2"])
+def test_rows_of_one_prompt_change_places_where_they_are(name):
+    """Three rows of two prompts grow apart, are exchanged and go on; what they share, and a fork, stay as they were. In the
+    end rows of one prompt take the places of the other's."""
+    model, generator = tiny(name), torch.Generator().manual_seed(3)
+    with torch.inference_mode():
+        prefixes = Prefixes.of(model, [PROMPTS[0], PROMPTS[2]], 0)
+        prefixes.keep(torch.tensor([0, 0, 0, 1, 1, 1]))
+        histories = [list(PROMPTS[0])] * 3 + [list(PROMPTS[2])] * 3
+        for rows in (None, [1, 1, 0, 5, 3, 3], [2, 2, 2, 4, 5, 3], None, [5, 0, 1, 2, 2, 4]):
+            if rows is not None:
+                fork, before = prefixes.select(torch.arange(6)), list(histories)
+                place = prefixes._cache.layers[0].keys.data_ptr()
+                prefixes.keep(torch.tensor(rows))
+                if name == "llama":
+                    stayed = prefixes._cache.layers[0].keys.data_ptr() == place
+                    assert stayed == (rows[0] < 3), "what is exchanged within a prompt is not copied"
+                histories = [histories[row] for row in rows]
+                fork.append(torch.full((6,), 9))
+                _agree(model, [[*history, 9] for history in before], fork)
+            tokens = torch.randint(3, 50, (6,), generator=generator)
+            prefixes.append(tokens)
+            histories = [[*history, token] for history, token in zip(histories, tokens.tolist(), strict=True)]
+            _agree(model, histories, prefixes)
+
+
 def test_room_is_made_again_behind_a_full_buffer(monkeypatch):
     monkeypatch.setattr(cache, "ROOM", 7)
     model, tokens = tiny(), torch.randint(3, 50, (60,), generator=torch.Generator().manual_seed(1)).tolist()

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jobs.eval import evaluate
+from pipeline import crew
 from pipeline.evaluation import EVALUATORS
 from pipeline.evaluation.findings import METRICS
 from pipeline.evaluation.results import read
@@ -133,3 +135,28 @@ def test_a_model_against_itself_costs_nothing(qalign, tiny_model: Path) -> None:
     assert found.metrics["brier"].value == pytest.approx(0.25, abs=1e-5)
     assert found.metrics["samples/distinct_1"] == found.metrics["reference/distinct_1"]
     assert {s.what for s in found.skipped} == {"rewards"}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_all_stages_on_ray_share_two_actors_and_give_what_this_process_gives(
+    make_config, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    start = crew._start
+    monkeypatch.setattr(crew, "_start", lambda resources: started.append(resources) or start(resources))
+    config = make_config(
+        f"checkpoint_from={tiny_model}",
+        "data.eval_fraction=0.3",
+        "scaling.data_actors=2",
+        "sampling.max_new_tokens=6",
+        "sampling.scorer='tests.evaluation.test_eval_job:letters'",
+    )
+    on_ray = evaluate(config, local=False)
+    assert len(started) == 2, "rows, samples of two models, two passes, credit"
+    for path in Path(config.storage, "cache").glob("samples-*.json"):
+        path.unlink()
+    here = evaluate(config, local=True)
+    assert here.keys() == on_ray.keys()
+    assert on_ray == pytest.approx(here, abs=1e-5, nan_ok=True)

@@ -1,0 +1,1 @@
+"""What each decoder buys, at which distance from the SFT model: `python -m benchmarks.decoding`."""
