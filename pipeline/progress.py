@@ -20,6 +20,8 @@ from typing import Any
 from tqdm import tqdm
 
 METRICS_FILE, LOG_FILE = "metrics.jsonl", "log.txt"
+ERROR_FILE, RAY_FILE = "error.json", "ray.json"
+"""Why a run ended that starting again cannot help; the address of the Ray that its workers were started on."""
 
 
 class MetricsFile:
