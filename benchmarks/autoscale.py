@@ -12,6 +12,7 @@ Left out: how a cloud starts machines (`cluster.yaml`, `rayjob.yaml` say what th
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from benchmarks.nodes import STORE_BYTES, LocalCluster, free_port
 
 JOBS = {"prepare": "jobs.prepare", "train": "jobs.train", "sweep": "tune.sweep", "decode": "jobs.decode"}
 HEAD_ID = "f" * 51 + "00000"
+HEAD_TYPE = "ray.head.default"  # the provider knows it by no other name
 IDLE_MINUTES = 0.1
 LOOK_SECONDS = 0.5
 GONE_SECONDS = 120
@@ -54,7 +56,7 @@ def fake_cloud(port: int, most: int) -> dict[str, Any]:
         },
         "auth": {},
         "available_node_types": {
-            "head": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
+            HEAD_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
             "worker": {
                 "resources": {"CPU": 1, "object_store_memory": STORE_BYTES},
                 "node_config": {},
@@ -62,7 +64,7 @@ def fake_cloud(port: int, most: int) -> dict[str, Any]:
                 "max_workers": most,
             },
         },
-        "head_node_type": "head",
+        "head_node_type": HEAD_TYPE,
         "file_mounts": {},
         "cluster_synced_files": [],
         "file_mounts_sync_continuously": False,
@@ -160,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS))
     parser.add_argument("--nodes", type=int, default=2, help="how many there may be (each has one CPU)")
     options = parser.parse_intermixed_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no nodes behind
     print(f"{'job':8} {'seconds':>8} {'first node':>11} {'nodes':>6} {'gone after':>11}")
     with Autoscaled(options.nodes) as autoscaled:
         for job in options.jobs:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -128,7 +129,9 @@ def undisturbed(config: Path, overrides: Sequence[str], steps: int) -> list[floa
     from pipeline.loop import train_worker
 
     with tempfile.TemporaryDirectory() as storage:
-        settings = load(config, [*overrides, f"storage={storage}", "checkpoint.every=1000000"])
+        # Neither evaluation nor checkpoints change what is learned.
+        rarely = ["train.eval_every=1000000", "checkpoint.every=1000000"]
+        settings = load(config, [*overrides, f"storage={storage}", *rarely])
         prepared = driver.prepare(settings, local=True)
         run, _ = driver.open_run(settings, prepared)
         job = driver.job_for(settings, prepared, run)
@@ -141,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     options = parser.parse_intermixed_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no nodes behind
     found = drill(Path(options.config), options.overrides)
     print(f"2 → 1 workers: {found.shrink:.0f} s    1 → 2 workers: {found.grow:.0f} s    {found.steps} steps")
     print(f"largest difference of the loss to the undisturbed run: {found.difference:.2g}")

@@ -25,13 +25,12 @@ from pipeline.gauges import Gauges
 from pipeline.loop import Job, train_worker
 from pipeline.order import Plan
 from pipeline.pretrained import fingerprint, load_config, load_tokenizer, locate, precision
-from pipeline.progress import METRICS_FILE, Monitor, read_metrics, tell
+from pipeline.progress import ERROR_FILE, METRICS_FILE, RAY_FILE, Monitor, read_metrics, tell
 from pipeline.reference_cost import states_folder
 from pipeline.rows import Rows
 from pipeline.thinker import assistant_of, check_steps, latent_identity
 from pipeline.tracking import Tracker, start, tracking_uri
 
-ERROR_FILE, RAY_FILE = "error.json", "ray.json"
 logger = logging.getLogger(__name__)
 
 

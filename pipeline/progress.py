@@ -24,6 +24,8 @@ from pipeline.patience import StorageFailed, may_pass, patiently
 logger = logging.getLogger(__name__)
 
 METRICS_FILE, LOG_FILE = "metrics.jsonl", "log.txt"
+ERROR_FILE, RAY_FILE = "error.json", "ray.json"
+"""Why a run ended that starting again cannot help; the address of the Ray that its workers were started on."""
 
 
 class MetricsFile:

@@ -3,7 +3,7 @@
     {"time": "2026-01-31T12:00:00.000+00:00", "event": "start", "run": "run-0123456789abcdef", "attempt": 2, "rank": 0,
      "workers": 1, "step": 20, "total_steps": 100, "host": "…", "pid": 123}
 
-Events: start, step (every ten seconds), checkpoint, log (warnings and errors of any library), end, failed. All attempts at a run
+Events: start, step (every ten seconds), checkpoint, log (warnings and errors of any library), end, left, failed. All attempts at a run
 share the files. `step` is the number of steps that are done. For people: `log.txt` and the progress bar (`progress`).
 """
 
@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from pipeline.errors import Leaving
 
 FOLDER = "logs"
 STEP_SECONDS = 10.0
@@ -46,6 +48,8 @@ class RunLog(logging.Handler):
         logging.getLogger().removeHandler(self)
         if error is None:
             self.event("end")
+        elif isinstance(error, Leaving):
+            self.event("left", reason=str(error))
         else:
             trace = "".join(traceback.format_exception(kind, error, where))
             self.event("failed", error=f"{type(error).__name__}: {error}", traceback=trace)

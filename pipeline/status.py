@@ -17,9 +17,8 @@ from typing import Any
 
 from pipeline import checkpoint, run_log
 from pipeline.config import RunConfig
-from pipeline.driver import ERROR_FILE, RAY_FILE
 from pipeline.export import EXPORT, RUN_FILE
-from pipeline.progress import LOG_FILE, METRICS_FILE, read_metrics, summarise
+from pipeline.progress import ERROR_FILE, LOG_FILE, METRICS_FILE, RAY_FILE, read_metrics, summarise
 from pipeline.waiting import cluster_lines
 
 MEANING = ("data", "model", "objective", "optimizer", "critic", "seed")
@@ -93,7 +92,7 @@ def state_of(run: Path, start: dict[str, Any] | None, ranks: list[Rank]) -> tupl
         if (run / ERROR_FILE).is_file():
             return "failed", f": {json.loads((run / ERROR_FILE).read_bytes())}"
         return "stopped", ": no driver is alive; the same command continues"
-    if start is None or not ranks or all(rank.event in ("end", "failed") for rank in ranks):
+    if start is None or not ranks or all(rank.event in ("end", "left", "failed") for rank in ranks):
         return "waiting", ": for workers to start"
     silent = [rank for rank in ranks if rank.age > QUIET_SECONDS]
     if any(rank.event == "start" for rank in ranks):

@@ -15,12 +15,44 @@ from benchmarks.nodes import LocalCluster
 from pipeline import checkpoint
 from pipeline.run_log import path_of, read_events
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = pytest.mark.ray
 
 # Evaluation after each step makes steps of a tenth of a second.
 SLOW_STEPS = ("data.eval_fraction=0.5", "train.eval_every=1", "optimizer.lr=1e-4", "checkpoint.every=10")
 
 
+def test_failures_count_while_there_is_no_new_checkpoint(tmp_path: Path) -> None:
+    from ray.exceptions import RayActorError
+    from ray.train import PreemptionError, PreemptionInfo
+    from ray.train.v2._internal.execution.controller.state import RestartingState, RunningState
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    from pipeline.elastic import GaveUp, Hooks
+
+    def fail(hooks: Hooks, error: Exception) -> None:
+        state = RestartingState(training_failed_error=error)
+        hooks._looked = time.monotonic()  # there is no cluster to look at
+        hooks.after_controller_state_update(RunningState(), state)
+        hooks.after_controller_state_update(state, state)  # it waits for room: the same failure
+
+    def saved(step: int) -> None:
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+
+    died = WorkerGroupError("rank 1 died", {1: RayActorError()})
+    hooks = Hooks(tmp_path, max_failures=2)
+    for step in (10, 20, 30):
+        saved(step)
+        fail(hooks, died)
+        fail(hooks, died)
+    fail(hooks, PreemptionError(PreemptionInfo(None, {"node": [1]}), drain_timed_out=True))
+    with pytest.raises(GaveUp, match="workers failed 3 times without a new checkpoint; the last time: rank 1 died"):
+        fail(hooks, died)
+    never = Hooks(tmp_path, max_failures=-1)
+    for _ in range(100):
+        fail(never, died)
+
+
+@pytest.mark.slow
 def test_two_workers_one_and_two_again_train_as_one_process_does(make_config, tmp_path: Path) -> None:
     make_config()
     found = elastic.drill(tmp_path / "config.yaml", [*SLOW_STEPS, "scaling.zero_stage=2"])
@@ -38,6 +70,7 @@ def test_two_workers_one_and_two_again_train_as_one_process_does(make_config, tm
     assert found.grow < 180
 
 
+@pytest.mark.slow
 def test_a_node_that_is_reclaimed_is_saved_within_its_grace(make_config, tmp_path: Path) -> None:
     """SIGTERM to a node, as Kubernetes sends it to a pod: Ray drains it, the workers save, training goes on elsewhere."""
     make_config()

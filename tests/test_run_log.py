@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.errors import Leaving
 from pipeline.run_log import RunLog, last_start, path_of, read_events
 
 
@@ -38,6 +39,13 @@ def test_a_failure_is_told_with_its_traceback(tmp_path: Path) -> None:
     assert event["event"] == "failed"
     assert event["error"] == "ZeroDivisionError: division by zero"
     assert "_ = 1 / 0" in event["traceback"]
+
+
+def test_leaving_when_told_is_no_failure(tmp_path: Path) -> None:
+    with pytest.raises(Leaving), RunLog(tmp_path, 0, 1):
+        raise Leaving("SIGTERM: step 3 is saved")
+    (event,) = read_events(path_of(tmp_path, 0))
+    assert (event["event"], event["reason"]) == ("left", "SIGTERM: step 3 is saved")
 
 
 def test_storage_that_is_away_stops_nothing_and_what_is_lost_is_counted(tmp_path: Path) -> None:
