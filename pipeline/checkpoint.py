@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 FOLDER, STATE, MANIFEST, SEAL = "checkpoints", "state.json", "manifest.json", ".seal"
 LEASE_SECONDS = 15.0
 _NAME = re.compile(r"step-\d{8,}")
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 class Superseded(UserError, RuntimeError):
@@ -48,7 +49,7 @@ class Superseded(UserError, RuntimeError):
 
 
 class Corrupt(UserError, ValueError):
-    """A checkpoint that does not verify: names the file and what is wrong with it."""
+    """A file of a run that is not what it was: names it and says what is wrong with it."""
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -58,11 +59,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write and flush one safetensors file, and beside it its seal (size and checksum, for the manifest).
 
     Each writer seals its own files, so that checksums are computed in parallel and what `finish` sees is compared with
-    what was written. Tensors have to be on the CPU and contiguous.
+    what was written. Tensors have to be on the CPU and contiguous. Raises OSError; then there is no file.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file(dict(tensors), path)
+    try:
+        save_file(dict(tensors), path)  # aside and renamed, with the interpreter's lock released
+    except SafetensorError as error:
+        if (number := _SYSTEM_ERROR.search(str(error))) is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
     flush(path)
     path.with_name(path.name + SEAL).write_text(json.dumps(_entry(path)))
 
@@ -142,10 +149,12 @@ def verify(folder: Path) -> None:
         files = json.loads((folder / MANIFEST).read_bytes())["files"]
         entries = {str(name): (int(entry["size"]), str(entry["blake2b"])) for name, entry in files.items()}
         _ = entries[STATE]
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise Corrupt(f"{folder / MANIFEST}: missing") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Corrupt(f"{folder / MANIFEST}: unreadable") from None
+    if unknown := {path.name for path in folder.glob("*.safetensors")} - entries.keys():
+        raise Corrupt(f"{folder / min(unknown)}: not in the manifest")
     for name, (size, digest) in entries.items():
         path = folder / name
         if path.parent != folder or not path.is_file():
@@ -157,21 +166,31 @@ def verify(folder: Path) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `finish` was given."""
-    return json.loads((folder / STATE).read_bytes())
+    """What `finish` was given. Raises Corrupt when it is no such thing."""
+    try:
+        state = json.loads((folder / STATE).read_bytes())
+        if not isinstance(state, dict) or type(state["step"]) is not int:
+            raise ValueError("no step")
+    except (ValueError, KeyError, RecursionError):
+        raise Corrupt(f"{folder / STATE}: unreadable") from None
+    return state
 
 
 def read_tensors(folder: Path, kind: str) -> Iterator[tuple[str, Tensor]]:
     """(name, float32 tensor on the CPU), one at a time, from however many files of this kind there are.
 
     kind: what the names of its files begin with: `weights`, `moments`, or either behind `critic-`.
+    Raises Corrupt when a file is none of safetensors.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     for path in sorted(folder.glob(f"{kind}-*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                yield name, file.get_tensor(name)
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a mapping
+                    yield name, file.get_tensor(name)
+        except SafetensorError as error:
+            raise Corrupt(f"{path}: {' '.join(str(error).split())}") from None
 
 
 def read_weights(folder: Path, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -204,8 +223,20 @@ def prune(run: Path, keep: int, best: Path | None = None) -> None:
 
 
 def next_attempt(run: Path) -> int:
-    """The number that the next attempt will get if nobody else begins one first."""
-    return int((run / "attempt").read_text()) + 1 if (run / "attempt").exists() else 1
+    """The number that the next attempt will get if nobody else begins one first. Raises Corrupt."""
+    path = run / "attempt"
+    if not path.exists():
+        return 1
+    try:
+        return int(path.read_bytes()) + 1
+    except ValueError:
+        raise Corrupt(f"{path}: no number; write the number of the last attempt into it, or a large one") from None
+
+
+def refuse_superseded(run: Path, number: int) -> None:
+    """Raises Superseded, one line, unless attempt `number` is the newest."""
+    if (newest := next_attempt(run) - 1) != number:
+        raise Superseded(f"{run}: attempt {number} may not commit, attempt {newest} has taken over")
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,12 +277,11 @@ class Attempt:
         if self.leased:
             _await_driver(self.run, self.lease_seconds)
         with _lock(self.run):
-            newest = next_attempt(self.run) - 1
-            if newest != self.number:
-                raise Superseded(f"{self.run}: attempt {self.number} may not commit, attempt {newest} has taken over")
-            flush(temporary)
-            discard(final)  # if there is one: it did not verify, and its step was trained again
-            temporary.rename(final)
+            refuse_superseded(self.run, self.number)
+            if temporary.is_dir() or not final.is_dir():  # else an earlier call failed behind the renaming
+                flush(temporary)
+                discard(final)  # if there is one: it did not verify, and its step was trained again
+                temporary.rename(final)
             flush(final.parent)
 
 
@@ -264,7 +294,7 @@ class Lease:
 
     def __init__(self, run: Path, interval: float = 1.0) -> None:
         self._path, self._interval = run / "lease", interval
-        self._stop = threading.Event()
+        self._stop, self._away = threading.Event(), False
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def __enter__(self) -> Lease:
@@ -296,7 +326,13 @@ class Lease:
             try:
                 self._path.touch()
             except OSError as error:  # storage out of reach for a moment: workers wait, so keep trying
-                logger.warning("%s: cannot be renewed (%s)", self._path, error)
+                if not self._away:
+                    logger.warning("storage: %s; still trying", error)
+                self._away = True
+            else:
+                if self._away:
+                    logger.warning("storage: works again")
+                self._away = False
 
 
 def _await_driver(run: Path, lease_seconds: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -263,6 +264,7 @@ def _train_on_ray(job: Job) -> None:
     scaling = job.config.scaling
     resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": scaling.gpus_per_worker} if scaling.gpus_per_worker else {})
     (job.run / ERROR_FILE).unlink(missing_ok=True)
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{job.config.train.hang_timeout:g}"  # of a stopped process
     trainer = TorchTrainer(
         _worker,
         train_loop_config=job.plain(),

@@ -1,4 +1,4 @@
-"""DeepSpeed behind four calls: forward, backward, step, save. The only file that imports it.
+"""DeepSpeed behind four calls: forward, backward, step, parts (to save). The only file that imports it.
 
     engine = Engine(policy, config, device, resume)
     engine.backward(loss, last=…)  per micro-batch;  engine.step(lr)  per optimizer step
@@ -23,7 +23,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -117,6 +117,9 @@ class Engine:
             checkpoint.load_into(self._trained, resume, self._prefix)
         optimizer = _adamw(self._trained.values(), self.optimizer, config.scaling.offload_optimizer)
         settings = _settings(config, self._clip, bf16, self.device, sum(self._sizes.values()))
+        # Set by Ray; DeepSpeed asks for it also in a process alone, at stage 3 in the first forward again.
+        self._alone = "LOCAL_RANK" not in os.environ
+        os.environ.setdefault("LOCAL_RANK", str(self.device.index or 0))
         self._engine = _initialize(policy, optimizer, settings, self.device)
         self._inner, self._masters = self._create_state()
         if resume is not None:
@@ -156,15 +159,13 @@ class Engine:
         self.steps += 1
         return norm
 
-    def save(self, folder: Path) -> list[Path]:
-        """Write weights and moments into `folder` (exists, shared by all ranks). Returns the files this rank wrote.
+    def parts(self, copied: bool = False) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """This rank's share of a checkpoint: (file name, float32 tensors on the CPU), file by file. Collective.
 
-        A rank holds one part of about `PART_BYTES` beside its own state, never the whole model. The caller waits for all
-        ranks, then calls `checkpoint.finish`.
+        copied: the tensors do not change when training goes on, and may be kept: 12 bytes a parameter over all ranks. Else
+        they are good until the next file is asked for: a rank holds about three times `PART_BYTES` beside its own state.
         """
-        rounds = max(1, math.ceil(4 * sum(self._sizes.values()) / (PART_BYTES * self.world)))
-        parts = checkpoint.deal(self._sizes, rounds * self.world)
-        written = []
+        parts = self._dealt()
         for first in range(0, len(parts), self.world):
             weights: dict[str, Tensor] = {}
             moments: dict[str, Tensor] = {}
@@ -174,18 +175,32 @@ class Engine:
                         full = self._gather(name, key)  # collective: all ranks come by here
                         if owner == self.rank:
                             target, label = (weights, name) if key is None else (moments, f"{key}/{name}")
-                            target[label] = full.to("cpu", torch.float32).contiguous()
-            suffix = f"{first + self.rank + 1:05d}-of-{len(parts):05d}.safetensors"
+                            own = full.to("cpu", torch.float32).contiguous()
+                            # What is gathered over ranks is new; a master of this rank's own is the very one.
+                            target[label] = own.clone() if copied and self._masters else own
             for kind, tensors in (("weights", weights), ("moments", moments)):
-                written.append(folder / f"{self._prefix}{kind}-{suffix}")
-                checkpoint.write_tensors(written[-1], tensors)
-        return written
+                yield self._file(kind, first + self.rank, len(parts)), tensors
+
+    def files(self) -> list[str]:
+        """The names of all ranks' files of a checkpoint."""
+        count = len(self._dealt())
+        return [self._file(kind, part, count) for part in range(count) for kind in ("weights", "moments")]
+
+    def _dealt(self) -> list[list[str]]:
+        """Parameters in as many parts as there are ranks, or a multiple: rank r writes parts r, r + world, …"""
+        rounds = max(1, math.ceil(4 * sum(self._sizes.values()) / (PART_BYTES * self.world)))
+        return checkpoint.deal(self._sizes, rounds * self.world)
+
+    def _file(self, kind: str, part: int, parts: int) -> str:
+        return f"{self._prefix}{kind}-{part + 1:05d}-of-{parts:05d}.safetensors"
 
     def close(self) -> None:
         """Release everything that DeepSpeed holds. Neither the engine nor its policy can be used afterwards."""
         from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
         self._engine.destroy()
+        if self._alone:  # others take it for a launcher's
+            os.environ.pop("LOCAL_RANK", None)
         FWD_MODULE_STACK[:] = [m for m in FWD_MODULE_STACK if m is not self.module]  # stage 3 never takes it off
         del self._engine, self._inner, self._masters, self._trained, self.module
         gc.collect()
@@ -344,11 +359,4 @@ def _initialize(policy: nn.Module, optimizer: torch.optim.Optimizer, settings: d
         except ValueError:  # destroyed since: this process has joined another group
             groups._release_process_group_references()
     bf16_optimizer.see_memory_usage = lambda *_, **__: None  # stage 1 in bfloat16 prints a table at every move
-    # Set by Ray; DeepSpeed requires it also of a process alone, where it must not stay: others take it for a launcher's.
-    alone = "LOCAL_RANK" not in os.environ
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
-    try:
-        return deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)[0]
-    finally:
-        if alone:
-            del os.environ["LOCAL_RANK"]
+    return deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)[0]

@@ -29,6 +29,10 @@ from pipeline.pretrained import precision
 from pipeline.reward import RewardNetwork, load_reward_network
 
 
+def _nothing() -> None:
+    """Nobody listens."""
+
+
 def load_networks(
     config: RunConfig, model: str, frozen: str | None, cached: bool = False
 ) -> tuple[Policy | RewardNetwork, Critic | None]:
@@ -88,6 +92,8 @@ class Learner:
         self.device: torch.device = policy.device
         networks = [engine.module for engine in (policy, critic) if engine is not None]
         self.padded: bool = any(network.layout != "flat" for network in networks)
+        self.beat: Callable[[], None] = _nothing
+        """Called whenever some work is done: what a watchdog listens to."""
         self._alone = alone if critic is not None else 0
         self._engines: dict[TermGroup, Engine] = {"policy": policy} | ({"critic": critic} if critic else {})
 
@@ -113,6 +119,7 @@ class Learner:
 
     def __call__(self, batch: Batch, step: int = 0) -> PolicyOut:
         """log π, and V(s) where there is a critic; while the critic trains alone, log π has no gradient."""
+        self.beat()
         if step >= self._alone:
             return forward(self.policy, self.critic, batch)
         with torch.no_grad():
@@ -126,12 +133,20 @@ class Learner:
             self._engines[group].backward(losses[group], last)
 
     def step(self, step: int, total_steps: int) -> dict[str, float]:
-        """Update with the learning rates of this step → norms and rates. Raises FloatingPointError on all ranks alike."""
-        metrics = {}
+        """Update with the learning rates of this step → norms and rates.
+
+        Raises FloatingPointError on all ranks alike, after each network whose norm is finite was updated; no gradient is left.
+        """
+        metrics, failed = {}, None
         for group in self._learning(step):
             engine, prefix = self._engines[group], "" if group == "policy" else f"{group}/"
             lr = lr_at(step, total_steps, engine.optimizer)
-            metrics |= {f"{prefix}grad_norm": engine.step(lr), f"{prefix}lr": lr}
+            try:
+                metrics |= {f"{prefix}grad_norm": engine.step(lr), f"{prefix}lr": lr}
+            except FloatingPointError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
         return metrics
 
     def updates(self) -> dict[str, int]:
@@ -149,12 +164,19 @@ class Learner:
 
     def evaluate(self, batch: Batch) -> PolicyOut:
         """The networks' output, whatever is being trained."""
+        self.beat()
         return forward(self.policy, self.critic, batch)
 
-    def save(self, folder: Path) -> None:
-        """Write weights and moments of all networks into `folder`."""
+    def parts(self, copied: bool) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """This rank's share of a checkpoint of all networks, see `Engine.parts`."""
         for engine in self._engines.values():
-            engine.save(folder)
+            for part in engine.parts(copied):
+                self.beat()
+                yield part
+
+    def files(self) -> list[str]:
+        """The names of all ranks' files of a checkpoint of all networks."""
+        return [name for engine in self._engines.values() for name in engine.files()]
 
     def close(self) -> None:
         """Release everything. The learner cannot be used afterwards."""

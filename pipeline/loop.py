@@ -8,6 +8,7 @@ terminal and to MLflow, so that neither can slow down or break training.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,7 +20,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline import checkpoint
 from pipeline.collate import collate
 from pipeline.config import ConfigError, RunConfig
 from pipeline.config_file import validate
@@ -30,8 +30,11 @@ from pipeline.evaluation import held_out
 from pipeline.learner import Learner
 from pipeline.metrics import Sums, all_sum, batch_metrics
 from pipeline.order import micro_batches, step_rows, steps_per_epoch
+from pipeline.patience import patiently
 from pipeline.progress import LOG_FILE, METRICS_FILE, MetricsFile, log_to
 from pipeline.rows import Rows, Split
+from pipeline.saver import Saver
+from pipeline.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +50,11 @@ def train_step(
 
     The loss of the whole step (all ranks, all micro-batches) is Σ_terms coefficient · total / weight, with weights known
     from masks before the first backward: how rows are split into micro-batches cannot change the update.
+
+    Raises Diverged, on all ranks alike, when loss or gradient is not finite: weights are as before, no gradient is left.
     """
     weights = _step_weights(objective, batches)
-    sums = Sums()
+    sums, metrics, finite = Sums(), {}, True
     for i, batch in enumerate(batches):
         out = learner(batch, step)
         result = objective(out, batch)
@@ -61,7 +66,6 @@ def train_step(
         losses: dict[TermGroup, torch.Tensor] = {}
         for name, term in result.terms.items():
             losses[term.group] = losses.get(term.group, 0) + term.coefficient * term.total / weights[name]
-        learner.backward(losses, last=i == len(batches) - 1, step=step)
         loss = sum(losses.values()).detach()
         one = torch.ones((), device=loss.device)
         # Already divided: summing over micro-batches and ranks completes the mean, so their weight is 1 once.
@@ -69,13 +73,16 @@ def train_step(
         sums.add({"loss": Mean(loss, share)})
         sums.add({f"loss/{k}": Mean(t.total / weights[k], share) for k, t in result.terms.items()})
         sums.add(result.metrics | batch_metrics(objective, out, batch))
-    metrics = sums.reduce()
-    if not np.isfinite(metrics["loss"]):
-        raise _diverged(f"the loss is {metrics['loss']}", batches)
+        if last := i == len(batches) - 1:
+            metrics = sums.reduce()
+            if not (finite := bool(np.isfinite(metrics["loss"]))):  # so is every gradient: no engine may step
+                losses = {group: value * math.nan for group, value in losses.items()}
+        learner.backward(losses, last, step)
     try:
         return metrics | learner.step(step, total_steps)
     except FloatingPointError as error:
-        raise _diverged(str(error).partition(";")[0], batches) from None
+        what = str(error).partition(";")[0] if finite else f"the loss is {metrics['loss']}"
+        raise _diverged(what, batches) from None
 
 
 def _diverged(what: str, batches: Sequence[Batch]) -> Diverged:
@@ -132,34 +139,43 @@ def train_worker(plain: dict[str, Any], stop: Callable[[], bool] | None = None) 
     """Train to the end from the newest checkpoint (or from the start). Runs on every rank.
 
     `stop` is asked on rank 0 after each step: where it says so, all ranks return there, with no checkpoint of that step.
-    Raises `Diverged` on a non-finite loss and `checkpoint.Superseded` when a newer attempt has taken over the run.
+    Raises `Diverged` on a non-finite loss, `checkpoint.Superseded` when a newer attempt has taken over the run, and
+    `patience.StorageFailed` when the storage is full or out of reach for too long.
     """
     job = Job.parse(plain)
+    # Whoever made the group starts it again; a worker alone has nobody who would.
+    timeout = job.config.train.hang_timeout if dist.is_initialized() else None
+    patiently(job.run.stat, job.run, job.config.checkpoint.patience)  # a worker may start while storage is out of reach
     with process_group(job.config) as device, ExitStack() as stack:
-        if dist.get_rank() == 0:
+        rank = dist.get_rank()
+        if rank == 0:
             stack.enter_context(log_to(job.run / LOG_FILE))
-        _train(job, device, stop)
+        watchdog = Watchdog(timeout, f"rank {rank}", job.run / LOG_FILE, job.run / f"stacks-{rank}.txt")
+        _train(job, device, stop, stack.enter_context(watchdog).beat)
 
 
-def _train(job: Job, device: torch.device, stop: Callable[[], bool] | None) -> None:
+def _train(job: Job, device: torch.device, stop: Callable[[], bool] | None, beat: Callable[[], None]) -> None:
     config, rank = job.config, dist.get_rank()
     rows = Rows(job.rows, job.reference, job.states)
     split = rows.split(config.data, config.seed)
     plan = Plan(config, rows.lengths[split.train])
-    saver = Saver.begin(job)
+    saver = Saver.begin(job.run, config.checkpoint)
     learner = Learner.start(config, job.model, job.frozen, device, saver.resume, cached=job.states is not None)
-    watch = Watch(config.objective, saver.metrics)
-    log = MetricsFile(job.run / METRICS_FILE, after=saver.step) if rank == 0 else None
+    learner.beat = beat
+    watch = Watch(config.objective, saver.metrics, config.train.skip_nan)
+    log = MetricsFile(job.run / METRICS_FILE, saver.step, config.checkpoint.patience) if rank == 0 else None
     try:
-        for step in range(saver.step, plan.total_steps):
-            metrics = _step(job, learner, rows, split, plan, step, watch)
-            watch.note(metrics)
-            if log is not None:
-                log.append(step + 1, metrics)
-            if (step + 1) % config.checkpoint.every == 0 or step + 1 == plan.total_steps:
-                saver.save(learner, step + 1, metrics)
-            if stop is not None and agree(rank == 0 and stop()):
-                break
+        with saver:
+            for step in range(saver.step, plan.total_steps):
+                saver.poll()
+                metrics = _step(job, learner, rows, split, plan, step, watch)
+                watch.note(metrics)
+                if log is not None:
+                    log.append(step + 1, metrics)
+                if (step + 1) % config.checkpoint.every == 0 or step + 1 == plan.total_steps:
+                    saver.save(learner, step + 1, metrics)
+                if stop is not None and agree(rank == 0 and stop()):
+                    break
     finally:
         learner.close()
         if log is not None:
@@ -178,7 +194,7 @@ def _step(
     try:
         metrics = train_step(learner, config.objective, batches, step, plan.total_steps)
     except Diverged as error:
-        raise Diverged(f"step {step + 1}: {error}") from None
+        metrics = watch.skip(Diverged(f"step {step + 1}: {error}"))
     seconds = time.monotonic() - started
     metrics |= {
         "tokens_per_second": float(rows.lengths[chosen].sum()) / seconds,
@@ -231,14 +247,26 @@ class Plan:
 
 
 class Watch:
-    """What a step's metrics mean for the next one: values to carry over, and alarms to raise once."""
+    """What a step means for the next one: values to carry over, alarms to raise once, steps that may be left out."""
 
-    def __init__(self, objective: Objective, before: Mapping[str, float]) -> None:
+    def __init__(self, objective: Objective, before: Mapping[str, float], may_skip: int = 0) -> None:
         self._names, self._alarms = objective.needed().carried, list(objective.alarms)
         self.carried: dict[str, float] = {name: before[name] for name in self._names if name in before}
+        self._may_skip, self._skipped = may_skip, 0
+
+    def skip(self, error: Diverged) -> dict[str, float]:
+        """Metrics of a step that is left out, weights being as before; raises `error` after too many in a row."""
+        if self._skipped == self._may_skip:
+            raise error
+        self._skipped += 1
+        if dist.get_rank() == 0:
+            logger.warning("%s; the step is left out (train.skip_nan)", error)
+        return {"skipped": 1.0}
 
     def note(self, metrics: Mapping[str, float]) -> None:
         """Keep what the next step wants, and warn of metrics that left their range."""
+        if "skipped" not in metrics:
+            self._skipped = 0
         self.carried |= {name: metrics[name] for name in self._names if name in metrics}
         for alarm in list(self._alarms):
             value = metrics.get(alarm.metric)
@@ -246,49 +274,3 @@ class Watch:
                 self._alarms.remove(alarm)
                 if dist.get_rank() == 0:
                     logger.warning("%s is %.4g: %s", alarm.metric, value, alarm.advice)
-
-
-class Saver:
-    """Commits checkpoints of one attempt at a run; only the newest attempt may."""
-
-    def __init__(self, job: Job, attempt: checkpoint.Attempt | None, resume: Path | None) -> None:
-        self._run, self._settings, self._attempt = job.run, job.config.checkpoint, attempt
-        self.resume = resume
-        state = checkpoint.read_state(resume) if resume else {"step": 0, "best": None, "metrics": {}}
-        self.step: int = state["step"]
-        self.metrics: dict[str, float] = state["metrics"]  # of the last step
-        self._best: dict[str, Any] | None = state["best"]  # {"step": …, "value": …}
-
-    @classmethod
-    def begin(cls, job: Job) -> Saver:
-        """Take over the run (rank 0) and agree on the checkpoint to go on from."""
-        attempt = checkpoint.Attempt.begin(job.run) if dist.get_rank() == 0 else None
-        return cls(job, attempt, agree(checkpoint.latest(job.run) if attempt else None))
-
-    def save(self, learner: Learner, step: int, metrics: dict[str, float]) -> None:
-        """Write, commit and prune; collective. Raises `Superseded` on all ranks alike."""
-        folder = agree(self._attempt.temporary(step) if self._attempt else None)
-        learner.save(folder)
-        dist.barrier()
-        self._note_best(step, metrics)
-        error = None
-        if self._attempt is not None:
-            try:
-                state = {"step": step, "updates": learner.updates(), "best": self._best, "metrics": metrics}
-                checkpoint.finish(folder, state, self._attempt)
-                best = checkpoint.path_of(self._run, self._best["step"]) if self._best else None
-                checkpoint.prune(self._run, self._settings.keep, best)
-            except checkpoint.Superseded as superseded:
-                error = str(superseded)
-        if (error := agree(error)) is not None:
-            raise checkpoint.Superseded(error)
-        self.step = step
-
-    def _note_best(self, step: int, metrics: dict[str, float]) -> None:
-        name = self._settings.best
-        sign = -1.0 if name.startswith("-") else 1.0
-        value = metrics.get(name.lstrip("-"))
-        if value is None and dist.get_rank() == 0 and any(metric.startswith("eval/") for metric in metrics):
-            logger.warning("checkpoint.best: there is no metric %s; known here: %s", name, ", ".join(sorted(metrics)))
-        if value is not None and (self._best is None or sign * value < self._best["value"]):
-            self._best = {"step": step, "value": sign * value}

@@ -30,6 +30,7 @@ METRICS: dict[str, str] = {
     "critic/lr": "the critic's learning rate of the step",
     "tokens_per_second": "prompt and response tokens per second, all workers, without padding",
     "rows_per_second": "prompts (with all their responses) per second, all workers",
+    "skipped": "1 in a step that was left out because its loss or gradient was not finite (train.skip_nan)",
     "epoch": "epochs done, fractional",
     "eval/<metric>": "the same on held-out rows",
     "data/quarantined": "records that could not be used; see quarantine.jsonl",

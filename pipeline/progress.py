@@ -13,41 +13,80 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from pipeline.patience import StorageFailed, may_pass, patiently
+
+logger = logging.getLogger(__name__)
+
 METRICS_FILE, LOG_FILE = "metrics.jsonl", "log.txt"
 
 
 class MetricsFile:
-    """Rank 0's side: one JSON line per optimizer step, `{"step": …, "loss": …}`."""
+    """Rank 0's side: one JSON line per optimizer step, `{"step": …, "loss": …}`.
 
-    def __init__(self, path: Path, after: int) -> None:
-        self.path = path
+    Lines wait in memory while storage is out of reach or full: training does not.
+
+    Args:
+        after: the step that training goes on from.
+        patience: seconds that lines may wait.
+    """
+
+    def __init__(self, path: Path, after: int, patience: float = 0.0) -> None:
+        self.path, self._patience = path, patience
+        self._waiting, self._since = b"", None
         # Steps beyond the checkpoint are about to be repeated: their lines would appear twice.
         kept = [line for line in read_metrics(path) if line["step"] <= after]
         aside = path.with_name(f".{path.name}.new")
         aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
         aside.rename(path)  # another file: whoever follows this one sees that it begins anew
-        self._file = path.open("a", buffering=1)
 
     def append(self, step: int, metrics: dict[str, float]) -> None:
-        """Write a finished step."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        """Write a finished step. Raises StorageFailed, or OSError where waiting cannot help."""
+        self._waiting += (json.dumps({"step": step, **metrics}) + "\n").encode()
+        try:
+            self._write()
+        except OSError as error:
+            if not may_pass(error, self.path.parent):
+                raise
+            if self._since is None:
+                self._since = time.monotonic()
+                logger.warning("%s: %s; its lines wait in memory", self.path, error)
+            if time.monotonic() - self._since > self._patience:
+                raise StorageFailed(f"{self.path}: {error}; mend it, then the same command goes on") from None
 
     def close(self) -> None:
-        self._file.close()
+        """Write what waits. The file cannot be used afterwards."""
+        if self._waiting:
+            patiently(self._write, self.path.parent, self._patience)
+
+    def _write(self) -> None:
+        """Opened anew each time: a file server that was away may not know an old handle."""
+        with self.path.open("ab", buffering=0) as file:
+            while self._waiting:
+                self._waiting = self._waiting[file.write(self._waiting) :]
+        self._since = None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a metrics file; a line cut off by a crash is left out."""
+    """All complete lines of a metrics file; what a crash left of others is left out."""
     if not path.is_file():
         return []
-    lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line.endswith("}")]
+    *complete, _ = path.read_bytes().split(b"\n")
+    return [metrics for line in complete if (metrics := _parsed(line)) is not None]
+
+
+def _parsed(line: bytes | str) -> dict[str, Any] | None:
+    """A line of a metrics file, or None where it is damaged."""
+    try:
+        metrics = json.loads(line)
+    except ValueError:
+        return None
+    return metrics if isinstance(metrics, dict) and isinstance(metrics.get("step"), int) else None
 
 
 @contextmanager
@@ -109,14 +148,16 @@ class Monitor:
             pass
         self._last = self._introduce()
         while not self._stop.wait(0.5):
-            self._drain()
+            with suppress(OSError):  # storage out of reach: nothing is lost, it is read once it is back
+                self._drain()
 
     def _drain(self) -> None:
         """Tell what has been written since the last call."""
         for text in self._log.new_lines():
             tqdm.write(text, file=sys.stderr)
         for text in self._metrics.new_lines():
-            metrics = json.loads(text)
+            if (metrics := _parsed(text)) is None:
+                continue
             step = metrics.pop("step")
             if step > self._last:
                 self._on_step(step, metrics)

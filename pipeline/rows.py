@@ -80,10 +80,14 @@ def manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise StaleCache(f"{folder}: not finished; run `qalign prepare` again")
-    found = json.loads(path.read_text())
-    for name, (size, _) in found["parts"].items():
+    try:
+        found = json.loads(path.read_bytes())
+        parts = {str(name): (int(size), str(known)) for name, (size, known) in found["parts"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise StaleCache(f"{path}: damaged; delete {folder} and run `qalign prepare` again") from None
+    for name, (size, _) in parts.items():
         part = folder / name
-        if not part.is_file() or part.stat().st_size != size:
+        if part.parent != folder or not part.is_file() or part.stat().st_size != size:
             raise StaleCache(f"{part}: missing or damaged; delete {folder} and run `qalign prepare` again")
     return found
 

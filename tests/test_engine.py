@@ -104,10 +104,12 @@ def train(
         losses.append(total.item())
         norms.append(trainer.step(engine.lr_at(step, STEPS, settings.optimizer)))
         if save is not None and step + 1 == SAVED:
-            write(trainer, save)
+            saved = trainer.steps, list(trainer.parts(copied=True))
     weights = {name: trainer._gather(name, None).clone() for name in trainer._trained}
     moments = {f"{key}/{n}": trainer._gather(n, key).clone() for n in trainer._trained for key in engine.MOMENTS}
     kept = {n: whole(p) for n, p in trainer.module.named_parameters() if not p.requires_grad}
+    if save is not None:
+        write(trainer, save, *saved)  # as the background does: training went on, and the copy is of its moment
     trainer.close()
     return {"losses": losses, "norms": norms, "weights": weights, "moments": moments, "frozen": kept}
 
@@ -120,13 +122,16 @@ def whole(p: nn.Parameter) -> Tensor:
         return p.detach().clone()
 
 
-def write(trainer: engine.Engine, folder: Path) -> None:
+def write(trainer: engine.Engine, folder: Path, steps: int, parts: list[tuple[str, dict[str, Tensor]]]) -> None:
     if trainer.rank == 0:
         folder.mkdir(parents=True)
     dist.barrier()
-    trainer.save(folder)
+    for name, tensors in parts:
+        checkpoint.write_tensors(folder / name, tensors)
+    dist.barrier()
     if trainer.rank == 0:
-        (folder / "state.json").write_text(json.dumps({"step": trainer.steps}))
+        assert sorted(path.name for path in folder.glob("*.safetensors")) == sorted(trainer.files())
+        (folder / "state.json").write_text(json.dumps({"step": steps}))
     dist.barrier()
 
 

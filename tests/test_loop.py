@@ -129,23 +129,52 @@ def test_every_row_is_used_once_per_epoch(make_config, monkeypatch) -> None:
     assert seen[:24] != seen[24:]
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_step_and_rows(make_config, monkeypatch) -> None:
-    job = job_of(make_config("checkpoint.every=1"))
-    real = loop.train_step
-    calls = []
+def poison(monkeypatch, *steps: int) -> None:
+    """The loss of these steps, counted from 1, is NaN."""
+    real, calls = loop.train_step, []
 
     def poisoned(learner, objective, batches, *rest):
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) in steps:
             batches[0].ref_logprobs[0, 0, 0] = float("nan")
         return real(learner, objective, batches, *rest)
 
     monkeypatch.setattr(loop, "train_step", poisoned)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_step_and_rows(make_config, monkeypatch) -> None:
+    job = job_of(make_config("checkpoint.every=1"))
+    poison(monkeypatch, 2)
     with pytest.raises(Diverged, match=r"step 2: the loss is nan; .* row ids: \[\d+, "):
         train(job)
     newest = checkpoint.latest(job.run)
     assert newest is not None
     assert newest.name == "step-00000001"  # the last good one is intact
+
+
+def test_a_step_that_is_left_out_changes_nothing(make_config, monkeypatch, caplog) -> None:
+    micro = "train.tokens_per_micro_batch=64"  # several: what the healthy ones accumulated has to go, too
+    job = job_of(make_config("checkpoint.every=1", "checkpoint.keep=9", "train.skip_nan=1", micro))
+    poison(monkeypatch, 2)
+    lines = train(job)
+    assert [line["step"] for line in lines if "skipped" in line] == [2]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 3]
+    one, two, three = (checkpoint.path_of(job.run, step) for step in (1, 2, 3))
+    for kind in ("weights", "moments"):
+        before, after = dict(checkpoint.read_tensors(one, kind)), dict(checkpoint.read_tensors(two, kind))
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    moved = dict(checkpoint.read_weights(three))
+    assert not torch.equal(moved["lm.lm_head.weight"], dict(checkpoint.read_weights(two))["lm.lm_head.weight"])
+    assert all(tensor.isfinite().all() for tensor in moved.values())
+    assert checkpoint.read_state(three)["updates"] == {"policy": 2}
+    assert "step 2: the loss is nan" in caplog.text and "left out (train.skip_nan)" in caplog.text
+
+
+def test_too_many_in_a_row_stop_the_run(make_config, monkeypatch) -> None:
+    config = make_config("train.epochs=2", "train.skip_nan=1")
+    poison(monkeypatch, 2, 4, 5)
+    with pytest.raises(Diverged, match="step 5: the loss is nan"):
+        train(job_of(config))
 
 
 @pytest.mark.slow

@@ -59,6 +59,11 @@ class TrainConfig(Section):
     """Padded tokens of one forward on one worker; gradients accumulate until the step's rows are through."""
     eval_every: Count | None = None
     """Evaluate on the held-out rows every N steps; default: at the end of each epoch."""
+    skip_nan: Annotated[int, Field(ge=0)] = 0
+    """So many steps in a row whose loss or gradient is not finite are left out, with a warning that names their rows; the
+    next one stops the run. 0: the first one does."""
+    hang_timeout: Positive = 600
+    """Seconds without a micro-batch done after which workers end and start again from the last checkpoint; without Ray, never."""
 
 
 class ScalingConfig(Section):
@@ -84,6 +89,10 @@ class CheckpointConfig(Section):
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep: Count = 2
     """Newest checkpoints to keep, beside the best."""
+    in_background: bool = True
+    """Write while training goes on, from a copy in host memory: 12 bytes a parameter, shared among the workers."""
+    patience: Annotated[float, Field(ge=0)] = 300
+    """Seconds for which storage may be full or out of reach before the run stops."""
     best: str = "eval/loss"
     """Metric whose lowest value marks the best checkpoint (prefix − for highest, e.g. −eval/accuracy)."""
     export_dtype: Precision = "auto"

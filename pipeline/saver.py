@@ -1,0 +1,267 @@
+"""When a checkpoint is due: a copy at the step's border, and a thread that writes it while training goes on.
+
+The copy is this rank's share of weights and moments in host memory: 12 bytes a parameter, over all ranks. The thread writes
+and flushes its files; rank 0's waits for those of all ranks, then commits: until then the earlier checkpoint stands. At
+most one is under way. What goes wrong surfaces at the next step, on all ranks alike; the last one is waited for.
+
+With `checkpoint.in_background=false` the same happens inside the step, with no copy: file by file.
+
+Left out: the form of a checkpoint (`checkpoint`), how tensors get out of the trainer (`engine`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeline import checkpoint
+from pipeline.config import CheckpointConfig
+from pipeline.distributed import agree
+from pipeline.durable import discard
+from pipeline.errors import UserError
+from pipeline.learner import Learner
+from pipeline.patience import patiently
+
+logger = logging.getLogger(__name__)
+
+NICENESS = 10
+"""Of the writing thread: its checksums take the processor time that training leaves."""
+LONELY_SECONDS = 600.0
+"""No rank takes longer for one file. If none comes for this time, the ranks do not write to the same storage."""
+GRACE_SECONDS = 10.0
+"""The same, after this rank's training has failed: others may be dead."""
+
+
+class Saver:
+    """Commits checkpoints of one attempt at a run; only the newest attempt may. Every method is collective.
+
+    Args:
+        run: the run's folder.
+        attempt: rank 0's right to commit.
+        resume: the checkpoint that training goes on from.
+    """
+
+    def __init__(
+        self, run: Path, settings: CheckpointConfig, attempt: checkpoint.Attempt | None, resume: Path | None
+    ) -> None:
+        self._run, self._settings, self._attempt = run, settings, attempt
+        self.resume = resume
+        state = checkpoint.read_state(resume) if resume else {"step": 0, "best": None, "metrics": {}}
+        self.step: int = state["step"]
+        """Of the checkpoint that training goes on from."""
+        self.metrics: dict[str, float] = state["metrics"]  # of that step
+        self._best: dict[str, Any] | None = state["best"]  # {"step": …, "value": …}
+        self._write: Write | None = None
+
+    @classmethod
+    def begin(cls, run: Path, settings: CheckpointConfig) -> Saver:
+        """Take over the run (rank 0) and agree on the checkpoint to go on from."""
+        attempt = checkpoint.Attempt.begin(run) if dist.get_rank() == 0 else None
+        return cls(run, settings, attempt, agree(checkpoint.latest(run) if attempt else None))
+
+    def save(self, learner: Learner, step: int, metrics: dict[str, float], wait: bool = False) -> float:
+        """Begin to write the checkpoint of `step`, after waiting for the one before → seconds.
+
+        wait: until this one is committed, too, as without `in_background`. Raises what `poll` raises.
+        """
+        began = time.monotonic()
+        self._settle(learner.beat)
+        folder, attempt = agree((self._make_folder(step), self._attempt.number) if self._attempt else None)
+        self._note_best(step, metrics)
+        state = {"step": step, "updates": learner.updates(), "best": self._best, "metrics": metrics}
+        background = self._settings.in_background
+        parts = learner.parts(copied=background)
+        commit = partial(self._commit, folder, state, learner.files()) if self._attempt else None
+        own = Place(folder, self._run, attempt, self._settings.patience)
+        self._write = Write(list(parts) if background else parts, own, commit)
+        if background:
+            self._write.start()
+        else:
+            self._write.run()
+        if wait or not background:
+            self._settle(learner.beat)
+        return time.monotonic() - began
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is writing a checkpoint now."""
+        return self._write is not None and not self._write.done
+
+    def poll(self) -> None:
+        """Between steps: raises what went wrong, on any rank, with the checkpoint under way.
+
+        Superseded: a newer attempt has taken over. StorageFailed: the disk is full or away. RuntimeError: all else.
+        """
+        if self._write is None:
+            return
+        mine, outcomes = self._write.error, [None] * dist.get_world_size()
+        told = (type(mine) if isinstance(mine, UserError) else RuntimeError, _one_line(mine)) if mine else None
+        dist.all_gather_object(outcomes, (self._write.done, told))
+        for _, error in outcomes:
+            if error is not None:
+                self._give_up()
+                raise error[0](error[1])
+        if all(done for done, _ in outcomes):
+            self._write = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait for the checkpoint under way. After an error other ranks may be gone, and that error is the one to see."""
+        if kind is None:
+            self._settle()
+        elif self._write is not None:
+            self._write.hurry.set()
+            self._write.wait()
+            if self._write.error is not None:
+                logger.warning("the checkpoint under way was not saved: %s", _one_line(self._write.error))
+            self._write = None
+
+    def _settle(self, beat: Callable[[], None] = lambda: None) -> None:
+        """No checkpoint is under way, or raise why it failed."""
+        if self._write is not None:
+            self._write.wait(beat)
+            self.poll()
+            assert self._write is None, "every rank has waited for its own"
+
+    def _give_up(self) -> None:
+        """Leave the checkpoint under way; what there is of it takes space that somebody may be short of."""
+        assert self._write is not None
+        self._write.hurry.set()
+        self._write.wait()
+        if self._attempt is not None:
+            with suppress(OSError):  # the storage may be what failed; the next attempt deletes it
+                discard(self._write.place.folder)
+        self._write = None
+
+    def _make_folder(self, step: int) -> Path:
+        attempt = self._attempt
+        assert attempt is not None
+        return patiently(partial(attempt.temporary, step), self._run, self._settings.patience)
+
+    def _commit(self, folder: Path, state: dict[str, Any], files: list[str]) -> None:
+        """Rank 0: complete the checkpoint when all files are there, and delete what is not kept."""
+        assert self._attempt is not None and self._write is not None
+        patient = partial(patiently, root=self._run, seconds=self._settings.patience, hurry=self._write.hurry)
+        patient(partial(_await_files, folder, files, self._write.hurry))
+        patient(partial(checkpoint.finish, folder, state, self._attempt))
+        best = checkpoint.path_of(self._run, state["best"]["step"]) if state["best"] else None
+        patient(partial(checkpoint.prune, self._run, self._settings.keep, best))
+
+    def _note_best(self, step: int, metrics: dict[str, float]) -> None:
+        name = self._settings.best
+        sign = -1.0 if name.startswith("-") else 1.0
+        value = metrics.get(name.lstrip("-"))
+        if value is None and dist.get_rank() == 0 and any(metric.startswith("eval/") for metric in metrics):
+            logger.warning("checkpoint.best: there is no metric %s; known here: %s", name, ", ".join(sorted(metrics)))
+        if value is not None and (self._best is None or sign * value < self._best["value"]):
+            self._best = {"step": step, "value": sign * value}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a checkpoint is written, by which attempt, and for how long a disk may be full or away."""
+
+    folder: Path
+    run: Path
+    attempt: int
+    patience: float
+
+
+class Write:
+    """One rank's part in writing a checkpoint: its files, then on rank 0 the commit."""
+
+    def __init__(
+        self, parts: Iterable[tuple[str, dict[str, Tensor]]], place: Place, commit: Callable[[], None] | None
+    ) -> None:
+        self.done = False
+        self.error: Exception | None = None
+        self.hurry = threading.Event()
+        """Set when training has failed: nothing is tried again, nobody is waited for in vain."""
+        self.place = place
+        self._parts, self._commit = parts, commit
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """`run` in a thread that yields to all others."""
+        self._thread = threading.Thread(target=self._run_aside, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def run(self) -> None:
+        """Write and commit; an error is kept in `error`, for the main thread to raise on all ranks alike."""
+        for name, tensors in self._parts:
+            write = partial(checkpoint.write_tensors, self.place.folder / name, tensors)
+            self._do(partial(patiently, write, self.place.run, self.place.patience, self.hurry))
+            # After an error all is skipped but the asking: where it gathers over ranks, the others need this one.
+        self._parts = ()  # the copy is gone before the others are waited for
+        if self._commit is not None:
+            self._do(self._commit)
+        self.done = True
+
+    def _do(self, act: Callable[[], Any]) -> None:
+        if self.error is not None:
+            return
+        try:
+            act()
+        except Exception as error:
+            self.error = error
+            if isinstance(error, FileNotFoundError):  # a newer attempt has deleted the folder
+                with suppress(OSError):
+                    self._ask_for_the_newest()
+
+    def _ask_for_the_newest(self) -> None:
+        try:
+            checkpoint.refuse_superseded(self.place.run, self.place.attempt)
+        except checkpoint.Superseded as superseded:
+            self.error = superseded
+
+    def wait(self, beat: Callable[[], None] = lambda: None) -> None:
+        """Until the thread has ended; `beat` tells a watchdog that this is no hang: patience is bounded."""
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(0.5)
+            beat()
+
+    def _run_aside(self) -> None:
+        if sys.platform == "linux":  # elsewhere the call is about the whole process
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        self.run()
+
+
+def _await_files(folder: Path, names: Iterable[str], hurry: threading.Event) -> None:
+    """Return when all files of a checkpoint are sealed. Raises Corrupt when no further one comes."""
+    missing = {name + checkpoint.SEAL for name in names}
+    last = time.monotonic()
+    while missing:
+        came = {name for name in missing if (folder / name).exists()}
+        if came:
+            missing -= came
+            last = time.monotonic()
+        elif time.monotonic() - last > (GRACE_SECONDS if hurry.is_set() else LONELY_SECONDS):
+            raise checkpoint.Corrupt(
+                f"{folder}: {min(missing).removesuffix(checkpoint.SEAL)} did not come; is the storage shared by all workers?"
+            )
+        else:
+            time.sleep(0.02)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return (
+        text if isinstance(error, UserError) else f"a checkpoint could not be written: {type(error).__name__}: {text}"
+    )

@@ -1,0 +1,217 @@
+"""Checkpoints that are written while training goes on: copies of their moment, one at a time, whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline import checkpoint, patience, saver
+from pipeline.checkpoint import Attempt, Corrupt, Superseded
+from pipeline.config import CheckpointConfig
+from pipeline.patience import StorageFailed
+from pipeline.saver import Saver
+
+FILES = ["weights-00001-of-00001.safetensors", "moments-00001-of-00001.safetensors"]
+
+
+class Trained:
+    """What a saver asks of a learner."""
+
+    def __init__(self, files: list[str] = FILES) -> None:
+        self.weight, self._files, self.steps = torch.zeros(3), files, 0
+
+    def train(self) -> None:
+        self.weight += 1
+        self.steps += 1
+
+    def parts(self, copied: bool) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        for name in FILES:
+            yield name, {"w": self.weight.clone() if copied else self.weight}
+
+    def files(self) -> list[str]:
+        return self._files
+
+    def updates(self) -> dict[str, int]:
+        return {"policy": self.steps}
+
+    def beat(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Tensors reach the disk when this is set."""
+    ready, real = threading.Event(), checkpoint.write_tensors
+
+    def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        assert ready.wait(20)
+        real(path, tensors)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", write)
+    return ready
+
+
+def begin(run: Path, **settings) -> Saver:
+    return Saver(run, CheckpointConfig(**settings), Attempt.begin(run), None)
+
+
+def save_once(run: Path, learner: Trained, error: Exception | None = None, **settings) -> None:
+    """A training with one checkpoint, after which it fails with `error`."""
+    with begin(run, **settings) as own:
+        own.save(learner, 1, {})
+        if error is not None:
+            raise error
+
+
+def saved(run: Path) -> dict[int, float]:
+    """Step → the value of its weights."""
+    found = {}
+    for folder in checkpoint.saved(run):
+        checkpoint.verify(folder)
+        tensors = dict(checkpoint.read_weights(folder))
+        assert torch.equal(tensors["w"], dict(checkpoint.read_tensors(folder, "moments"))["w"])
+        found[checkpoint.read_state(folder)["step"]] = tensors["w"][0].item()
+    return found
+
+
+def test_training_goes_on_and_the_copy_is_of_its_moment(run: Path, disk: threading.Event) -> None:
+    learner = Trained()
+    with begin(run) as own:
+        learner.train()
+        assert own.save(learner, 1, {"loss": 0.5}) < 1, "save waits for the disk"
+        learner.train()
+        own.poll()
+        assert own.busy and saved(run) == {}, "it is not there before it is whole"
+        disk.set()
+    assert saved(run) == {1: 1.0}
+    state = checkpoint.read_state(checkpoint.path_of(run, 1))
+    assert (state["updates"], state["metrics"]) == ({"policy": 1}, {"loss": 0.5})
+
+
+def test_at_most_one_is_under_way_and_the_last_one_is_waited_for(run: Path, disk: threading.Event) -> None:
+    learner = Trained()
+    with begin(run) as own:
+        own.save(learner, 1, {})
+        threading.Timer(0.3, disk.set).start()
+        learner.train()
+        began = time.monotonic()
+        own.save(learner, 2, {})
+        assert time.monotonic() - began > 0.2, "the second one has to wait for the first"
+        assert 1 in saved(run)
+    assert saved(run) == {1: 0.0, 2: 1.0}
+
+
+@pytest.mark.parametrize("how", ["wait", "in step"])
+def test_it_is_there_when_somebody_waits(run: Path, how: str) -> None:
+    with begin(run, in_background=how == "wait", keep=1) as own:
+        for step in (1, 2):
+            own.save(Trained(), step, {}, wait=how == "wait")
+            assert list(saved(run)) == [step], "older ones are pruned"
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> None:
+    """The first `times` files cannot be written."""
+    real, left = checkpoint.write_tensors, [None] * times
+
+    def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        if left:
+            left.pop()
+            raise OSError(number, "said the disk")
+        real(path, tensors)
+
+    monkeypatch.setattr(patience, "PAUSES", (0.01,))
+    monkeypatch.setattr(checkpoint, "write_tensors", write)
+
+
+def test_a_disk_with_room_again_gets_the_same_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(monkeypatch, errno.ENOSPC, times=5)
+    learner = Trained()
+    with begin(run, patience=20) as own:
+        own.save(learner, 1, {})
+        learner.train()
+    assert saved(run) == {1: 0.0}
+
+
+def until_done(own: Saver) -> None:
+    while own.busy:
+        time.sleep(0.01)
+
+
+def test_what_goes_wrong_surfaces_at_the_next_step_and_leaves_nothing(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with begin(run) as own:
+        own.save(Trained(), 1, {})
+    broken(monkeypatch, errno.ENOSPC, times=10**6)
+    own = begin(run, patience=0.05)
+    own.save(Trained(), 2, {})
+    until_done(own)
+    with pytest.raises(StorageFailed, match=r"said the disk.*free some space"):
+        own.poll()
+    assert saved(run) == {1: 0.0}
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000001"], "it takes no space"
+
+
+def test_an_error_of_our_own_names_itself(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(monkeypatch, errno.EACCES, times=1)
+    with pytest.raises(RuntimeError, match=r"^a checkpoint could not be written: PermissionError: .*said the disk"):
+        save_once(run, Trained())
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_newer_attempt_supersedes(run: Path, background: bool) -> None:
+    learner = Trained()
+    learner.updates = lambda: {"policy": Attempt.begin(run).number}  # asked for while a checkpoint is being begun
+    with pytest.raises(Superseded, match="attempt 2 has taken over"):
+        save_once(run, learner, in_background=background)
+    assert saved(run) == {}
+
+
+def test_a_training_that_fails_keeps_the_checkpoint_under_way(run: Path, disk: threading.Event) -> None:
+    threading.Timer(0.2, disk.set).start()
+    with pytest.raises(ZeroDivisionError):
+        save_once(run, Trained(), ZeroDivisionError())
+    assert saved(run) == {1: 0.0}
+
+
+def test_a_training_that_fails_says_so_whatever_the_disk_says(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken(monkeypatch, errno.ENOSPC, times=10**6)
+    began = time.monotonic()
+    with pytest.raises(ZeroDivisionError):
+        save_once(run, Trained(), ZeroDivisionError(), patience=60)
+    assert time.monotonic() - began < 10, "nobody waits for a disk any more"
+    assert "the checkpoint under way was not saved" in caplog.text
+
+
+def test_files_that_never_come(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another rank that writes to a disk of its own."""
+    monkeypatch.setattr(saver, "LONELY_SECONDS", 0.1)
+    with pytest.raises(Corrupt, match=r"weights-2 did not come; is the storage shared by all workers\?"):
+        save_once(run, Trained([*FILES, "weights-2"]))
+    assert saved(run) == {}
+
+
+def test_a_failed_write_is_an_error_of_the_system(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        checkpoint.write_tensors(tmp_path / "nowhere" / "weights.safetensors", {"w": torch.zeros(1)})
