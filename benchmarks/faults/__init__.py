@@ -1,0 +1,1 @@
+"""Breaks training and preparation on purpose, and shows that nothing is lost: `python -m benchmarks.faults`."""

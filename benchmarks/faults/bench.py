@@ -1,0 +1,103 @@
+"""What all drills share: undisturbed runs to compare with, trainings to break, and the form of a result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from benchmarks.faults.history import History, history, order_of
+from benchmarks.faults.machines import ROOT, Machines
+from benchmarks.faults.materials import ROWS_PER_STEP, settings, write_model, write_pairs
+from benchmarks.faults.runs import Training, equal, share_cache
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One line of the table. None: the question does not arise."""
+
+    did: str
+    happened: str
+    ok: bool
+    seconds: float | None = None  # from the last sign of life to the next step
+    repeated: int | None = None  # finished steps that were done again
+    equal: bool | None = None  # final weights, to the undisturbed run's, to the last bit
+
+
+Drill = Callable[["Bench"], Outcome]
+
+
+@dataclass(slots=True)
+class Bench:
+    """Where drills happen.
+
+    Args:
+        folder: takes everything.
+        quick: shorter trainings, fewer kills, shorter outages.
+        cluster: makes the cluster when the first drill asks for it.
+    """
+
+    folder: Path
+    quick: bool
+    cluster: Callable[[], Machines]
+    _quiet: dict[str, Training] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a training."""
+        return 24 if self.quick else 40
+
+    @property
+    def every(self) -> int:
+        """Steps between checkpoints."""
+        return 4 if self.quick else 5
+
+    @contextmanager
+    def training(self, name: str, *overrides: str, local: bool = False, steps: int | None = None) -> Iterator[Training]:
+        """A training that is not started yet, with two ZeRO-2 workers on the cluster, or local; ended with the block."""
+        made = self._training(name, *overrides, local=local, steps=steps)
+        share_cache(self.quiet(local, steps), made)
+        try:
+            yield made
+        finally:
+            made.close()
+
+    def quiet(self, local: bool = False, steps: int | None = None) -> Training:
+        """The undisturbed run, made once."""
+        name = f"quiet-{'local' if local else 'cluster'}-{steps or self.steps}"
+        if name not in self._quiet:
+            made = self._training(name, local=local, steps=steps)
+            made.start()
+            made.finish()
+            self._quiet[name] = made
+        return self._quiet[name]
+
+    def compare(self, training: Training, local: bool = False, steps: int | None = None) -> tuple[History, bool]:
+        """What became of a finished training's steps, and whether its weights are the undisturbed run's."""
+        quiet = self.quiet(local, steps)
+        order = order_of(quiet.processes(), 1 if local else 2)
+        return history(training.processes(), order), equal(training.weights(), quiet.weights())
+
+    def _training(self, name: str, *overrides: str, local: bool, steps: int | None = None) -> Training:
+        count = steps or self.steps
+        pairs = self.folder / f"pairs-{count}.jsonl"
+        if not pairs.exists():
+            write_pairs(pairs, count * ROWS_PER_STEP // 2)  # two epochs
+        environment = dict(self.environment) if local else self.cluster().drivers
+        workers = [] if local else ["scaling.workers=2", "scaling.max_failures=-1"]
+        given = settings(self.model, pairs, count, self.every)
+        return Training(self.folder / name, given, environment, [*workers, "objective.pause=0.15", *overrides])
+
+    @property
+    def model(self) -> Path:
+        """Where training starts from."""
+        folder = self.folder / "model"
+        return folder if folder.is_dir() else write_model(folder)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of a local training."""
+        own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        return own | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

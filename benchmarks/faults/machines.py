@@ -1,0 +1,198 @@
+"""A private Ray cluster of several nodes on this machine, and the processes that a drill may kill in it.
+
+Nodes are `ray start --block` commands on loopback addresses of their own. Everything here is found below these commands:
+no other Ray of this machine is seen, and none is touched.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from pipeline.cluster import ENVIRONMENT
+from pipeline.errors import UserError
+
+ROOT = Path(__file__).parent.parent.parent
+BIN = Path(sys.executable).parent
+START_SECONDS = 120
+STORE_BYTES = 150_000_000
+"""Object store of one node."""
+
+
+class DrillError(UserError, RuntimeError):
+    """A drill could not be set up, or did not go as it has to."""
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def family(process: int) -> list[psutil.Process]:
+    """A process and all below it."""
+    try:
+        root = psutil.Process(process)
+        return [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    """SIGKILL, to all at once."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=10)
+
+
+@dataclass(slots=True)
+class Node:
+    """One `ray start --block`."""
+
+    address: str
+    command: subprocess.Popen
+
+    def find(self, title: str) -> list[psutil.Process]:
+        """Its processes whose command line holds `title`."""
+        found = []
+        for process in family(self.command.pid):
+            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                if title in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def kill(self) -> None:
+        """As a machine that loses power."""
+        kill(family(self.command.pid))
+        self.command.wait()
+
+    def stop(self) -> None:
+        """As a machine that is shut down."""
+        members = family(self.command.pid)
+        self.command.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            self.command.wait(15)
+        kill([member for member in members if member.is_running()])
+
+
+@dataclass(slots=True)
+class Machines:
+    """A head without CPUs, and worker nodes."""
+
+    folder: Path
+    cpus: int  # of each worker node
+    environment: dict[str, str] = field(default_factory=dict)  # of the nodes
+    drivers: dict[str, str] = field(default_factory=dict)  # of a driver
+    jobs: dict[str, str] = field(default_factory=dict)  # of `ray job submit`
+    nodes: list[Node] = field(default_factory=list)  # the head first
+    _port: int = 0
+
+    def start(self, workers: int) -> None:
+        """The head and `workers` nodes; ready when the head knows all of them."""
+        token = self.folder / "token"
+        token.write_text(secrets.token_hex(32))
+        token.chmod(0o600)
+        self._port, dashboard = free_port(), free_port()
+        own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+        self.environment = {
+            **own,
+            **ENVIRONMENT,
+            "PATH": f"{BIN}{os.pathsep}{own['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # A node that is gone is noticed after 3 s instead of 15.
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_failure_threshold": "3",
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        head = ["--head", f"--port={self._port}", "--num-cpus=0", "--dashboard-host=127.0.0.1"]
+        head += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"]
+        self._launch("127.0.0.1", [*head, f"--temp-dir=/tmp/drill-{self._port}"])
+        for _ in range(workers):
+            self.add()
+        self.jobs = self.environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+        self.drivers = self.environment | {"RAY_ADDRESS": f"127.0.0.1:{self._port}"}
+        self._await(workers + 1)
+
+    def add(self) -> Node:
+        """One more worker node."""
+        address = f"127.0.0.{len(self.nodes) + 1}"
+        return self._launch(address, [f"--address=127.0.0.1:{self._port}", f"--num-cpus={self.cpus}"])
+
+    def find(self, title: str) -> list[psutil.Process]:
+        """Processes of all nodes whose command line holds `title`."""
+        return [process for node in self.nodes if node.command.poll() is None for process in node.find(title)]
+
+    def holding(self, title: str) -> Node:
+        """The first node that has such a process."""
+        return next(node for node in self.nodes if node.command.poll() is None and node.find(title))
+
+    def stop(self) -> None:
+        for node in reversed(self.nodes):
+            if node.command.poll() is None:
+                node.stop()
+
+    def _launch(self, address: str, arguments: list[str]) -> Node:
+        command = [str(BIN / "ray"), "start", "--block", f"--node-ip-address={address}", *arguments]
+        # Ports of their own, or the nodes of one machine take each other's.
+        command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
+        command += [f"--object-store-memory={STORE_BYTES}"]
+        with (self.folder / f"node-{len(self.nodes)}.log").open("w") as log:
+            process = subprocess.Popen(
+                command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
+            )
+        self.nodes.append(Node(address, process))
+        if len(self.nodes) == 1:
+            self._await_port()
+        return self.nodes[-1]
+
+    def _await_port(self) -> None:
+        until = time.monotonic() + START_SECONDS
+        while time.monotonic() < until:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self._port)) == 0:
+                    return
+            time.sleep(0.2)
+        raise DrillError(f"Ray's head did not start; see {self.folder / 'node-0.log'}")
+
+    def _await(self, count: int) -> None:
+        """Until the head lists so many nodes."""
+        code = "import ray, sys; ray.init(logging_level=40); print(sum(n['Alive'] for n in ray.nodes()))"
+        until = time.monotonic() + START_SECONDS
+        while time.monotonic() < until:
+            asked = subprocess.run(
+                [sys.executable, "-c", code], env=self.drivers, capture_output=True, text=True, timeout=60
+            )
+            if asked.stdout.strip().endswith(str(count)):
+                return
+            time.sleep(0.5)
+        raise DrillError(f"{count} nodes did not start; see {self.folder}/node-*.log: {asked.stderr[-300:]}")
+
+
+@contextmanager
+def machines(folder: Path, workers: int = 2, cpus: int = 2) -> Iterator[Machines]:
+    """A cluster for the block."""
+    folder.mkdir(parents=True, exist_ok=True)
+    made = Machines(folder, cpus)
+    try:
+        made.start(workers)
+        yield made
+    finally:
+        made.stop()
