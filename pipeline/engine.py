@@ -265,9 +265,14 @@ class Engine:
         """Masters, moments and step count of a checkpoint, whose weights are already in the module."""
         for name, tensor in checkpoint.read_tensors(folder, f"{self._prefix}weights"):
             self._scatter(name, None, tensor)
+        missing = {f"{key}/{name}": p for name, p in self._trained.items() for key in MOMENTS}
         for name, tensor in checkpoint.read_tensors(folder, f"{self._prefix}moments"):
+            if missing.pop(name, None) is None:
+                raise checkpoint.Corrupt(f"{folder}: has {name}, this model does not; it is of another model")
             key, _, parameter = name.partition("/")
             self._scatter(parameter, key, tensor)
+        if missing:
+            raise checkpoint.Corrupt(f"{folder}: lacks {min(missing)}; it is of another model")
         state = checkpoint.read_state(folder)
         self.steps = int(state.get("updates", {}).get(self._role, state["step"]))
         for master, state in self._inner.state.items():

@@ -25,7 +25,7 @@ from pipeline.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
-START_SECONDS = 120
+START_SECONDS = 300
 STORE_BYTES = 150_000_000
 """Object store of one node."""
 
@@ -118,6 +118,7 @@ class Machines:
             # A node that is gone is noticed after 3 s instead of 15.
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_failure_threshold": "3",
+            "RAY_raylet_start_wait_time_s": str(START_SECONDS),  # a busy machine is no fault
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",

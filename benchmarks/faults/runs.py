@@ -20,8 +20,8 @@ from benchmarks.faults.machines import ROOT, DrillError, family, kill
 from pipeline import checkpoint
 from pipeline.progress import METRICS_FILE, read_metrics
 
-PATIENCE = 240.0
-"""Seconds for anything to happen; a recovery takes a tenth of it on a quiet machine."""
+PATIENCE = 500.0
+"""Seconds for anything to happen; a recovery takes a twentieth of it on a quiet machine."""
 
 
 @dataclass(frozen=True, slots=True)
