@@ -176,8 +176,9 @@ class Engine:
                         if owner == self.rank:
                             target, label = (weights, name) if key is None else (moments, f"{key}/{name}")
                             own = full.to("cpu", torch.float32).contiguous()
-                            # What is gathered over ranks is new; a master of this rank's own is the very one.
-                            target[label] = own.clone() if copied and self._masters else own
+                            # What is gathered over ranks is new; a master of this rank's own may be the very one.
+                            same = bool(self._masters) and own.data_ptr() == full.data_ptr()
+                            target[label] = own.clone() if copied and same else own
             for kind, tensors in (("weights", weights), ("moments", moments)):
                 yield self._file(kind, first + self.rank, len(parts)), tensors
 

@@ -101,7 +101,7 @@ class Machines:
     _port: int = 0
 
     def start(self, workers: int) -> None:
-        """The head and `workers` nodes; ready when the head knows all of them."""
+        """The head and `workers` nodes."""
         token = self.folder / "token"
         token.write_text(secrets.token_hex(32))
         token.chmod(0o600)
@@ -130,7 +130,6 @@ class Machines:
             self.add()
         self.jobs = self.environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
         self.drivers = self.environment | {"RAY_ADDRESS": f"127.0.0.1:{self._port}"}
-        self._await(workers + 1)
 
     def add(self) -> Node:
         """One more worker node."""
@@ -160,31 +159,16 @@ class Machines:
                 command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
             )
         self.nodes.append(Node(address, process))
-        if len(self.nodes) == 1:
-            self._await_port()
+        self._await_start(self.nodes[-1], Path(log.name))
         return self.nodes[-1]
 
-    def _await_port(self) -> None:
+    def _await_start(self, node: Node, log: Path) -> None:
+        """One after the other: nodes of one machine that start at once were seen to abort over files they share."""
         until = time.monotonic() + START_SECONDS
-        while time.monotonic() < until:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self._port)) == 0:
-                    return
-            time.sleep(0.2)
-        raise DrillError(f"Ray's head did not start; see {self.folder / 'node-0.log'}")
-
-    def _await(self, count: int) -> None:
-        """Until the head lists so many nodes."""
-        code = "import ray, sys; ray.init(logging_level=40); print(sum(n['Alive'] for n in ray.nodes()))"
-        until = time.monotonic() + START_SECONDS
-        while time.monotonic() < until:
-            asked = subprocess.run(
-                [sys.executable, "-c", code], env=self.drivers, capture_output=True, text=True, timeout=60
-            )
-            if asked.stdout.strip().endswith(str(count)):
-                return
-            time.sleep(0.5)
-        raise DrillError(f"{count} nodes did not start; see {self.folder}/node-*.log: {asked.stderr[-300:]}")
+        while "Ray runtime started" not in log.read_text(errors="replace"):
+            if node.command.poll() is not None or time.monotonic() > until:
+                raise DrillError(f"a node of Ray did not start; see {log}")
+            time.sleep(0.1)
 
 
 @contextmanager
