@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -99,6 +101,7 @@ class Machines:
     jobs: dict[str, str] = field(default_factory=dict)  # of `ray job submit`
     nodes: list[Node] = field(default_factory=list)  # the head first
     _port: int = 0
+    _sockets: Path | None = None
 
     def start(self, workers: int) -> None:
         """The head and `workers` nodes."""
@@ -125,7 +128,8 @@ class Machines:
         }
         head = ["--head", f"--port={self._port}", "--num-cpus=0", "--dashboard-host=127.0.0.1"]
         head += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"]
-        self._launch("127.0.0.1", [*head, f"--temp-dir=/tmp/drill-{self._port}"])
+        self._sockets = Path(tempfile.mkdtemp(prefix="ray-"))  # their paths have to be short
+        self._launch("127.0.0.1", [*head, f"--temp-dir={self._sockets}"])
         for _ in range(workers):
             self.add()
         self.jobs = self.environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
@@ -148,6 +152,8 @@ class Machines:
         for node in reversed(self.nodes):
             if node.command.poll() is None:
                 node.stop()
+        if self._sockets is not None:
+            shutil.rmtree(self._sockets, ignore_errors=True)
 
     def _launch(self, address: str, arguments: list[str]) -> Node:
         command = [str(BIN / "ray"), "start", "--block", f"--node-ip-address={address}", *arguments]
