@@ -122,7 +122,6 @@ class Machines:
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_failure_threshold": "3",
             "RAY_raylet_start_wait_time_s": str(START_SECONDS),  # a busy machine is no fault
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
         }
