@@ -127,7 +127,7 @@ class Machines:
         }
         head = ["--head", f"--port={self._port}", "--num-cpus=0", "--dashboard-host=127.0.0.1"]
         head += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"]
-        self._sockets = Path(tempfile.mkdtemp(prefix="ray-"))  # their paths have to be short
+        self._sockets = Path(tempfile.mkdtemp(prefix="drill-"))  # their paths have to be short
         self._launch("127.0.0.1", [*head, f"--temp-dir={self._sockets}"])
         for _ in range(workers):
             self.add()
