@@ -37,13 +37,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         for where in overrides:
             key, equals, value = where.partition("=")
             if not (key and equals):
-                raise ConfigError(f"{where}: overrides have the form key.path=value")
+                raise ConfigError(f"{' '.join(where.split())}: overrides have the form key.path=value")
             parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
             OmegaConf.update(tree, key, parsed["value"], merge=False)
         where = str(path)
         plain = OmegaConf.to_container(tree, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError, TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
+        raise ConfigError(" ".join(f"{where}: {error}".split())) from None
     return validate(plain)
 
 

@@ -176,8 +176,9 @@ class Engine:
                         if owner == self.rank:
                             target, label = (weights, name) if key is None else (moments, f"{key}/{name}")
                             own = full.to("cpu", torch.float32).contiguous()
-                            # What is gathered over ranks is new; a master of this rank's own is the very one.
-                            target[label] = own.clone() if copied and self._masters else own
+                            # What is gathered over ranks is new; a master of this rank's own may be the very one.
+                            same = bool(self._masters) and own.data_ptr() == full.data_ptr()
+                            target[label] = own.clone() if copied and same else own
             for kind, tensors in (("weights", weights), ("moments", moments)):
                 yield self._file(kind, first + self.rank, len(parts)), tensors
 
@@ -265,9 +266,14 @@ class Engine:
         """Masters, moments and step count of a checkpoint, whose weights are already in the module."""
         for name, tensor in checkpoint.read_tensors(folder, f"{self._prefix}weights"):
             self._scatter(name, None, tensor)
+        missing = {f"{key}/{name}": p for name, p in self._trained.items() for key in MOMENTS}
         for name, tensor in checkpoint.read_tensors(folder, f"{self._prefix}moments"):
+            if missing.pop(name, None) is None:
+                raise checkpoint.Corrupt(f"{folder}: has {name}, this model does not; it is of another model")
             key, _, parameter = name.partition("/")
             self._scatter(parameter, key, tensor)
+        if missing:
+            raise checkpoint.Corrupt(f"{folder}: lacks {min(missing)}; it is of another model")
         state = checkpoint.read_state(folder)
         self.steps = int(state.get("updates", {}).get(self._role, state["step"]))
         for master, state in self._inner.state.items():

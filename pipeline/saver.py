@@ -205,31 +205,34 @@ class Write:
 
     def run(self) -> None:
         """Write and commit; an error is kept in `error`, for the main thread to raise on all ranks alike."""
-        for name, tensors in self._parts:
-            write = partial(checkpoint.write_tensors, self.place.folder / name, tensors)
-            self._do(partial(patiently, write, self.place.run, self.place.patience, self.hurry))
-            # After an error all is skipped but the asking: where it gathers over ranks, the others need this one.
+        self._write_parts()
         self._parts = ()  # the copy is gone before the others are waited for
         if self._commit is not None:
             self._do(self._commit)
         self.done = True
+
+    def _write_parts(self) -> None:
+        for name, tensors in self._parts:
+            write = partial(checkpoint.write_tensors, self.place.folder / name, tensors)
+            self._do(partial(patiently, write, self.place.run, self.place.patience, self.hurry))
+            # After an error all is skipped but the asking: where it gathers over ranks, the others need this one.
 
     def _do(self, act: Callable[[], Any]) -> None:
         if self.error is not None:
             return
         try:
             act()
+        except FileNotFoundError as error:  # a newer attempt deletes what older ones are writing
+            self.error = self._superseded() or error
         except Exception as error:
             self.error = error
-            if isinstance(error, FileNotFoundError):  # a newer attempt has deleted the folder
-                with suppress(OSError):
-                    self._ask_for_the_newest()
 
-    def _ask_for_the_newest(self) -> None:
+    def _superseded(self) -> checkpoint.Superseded | None:
         try:
             checkpoint.refuse_superseded(self.place.run, self.place.attempt)
         except checkpoint.Superseded as superseded:
-            self.error = superseded
+            return superseded
+        return None
 
     def wait(self, beat: Callable[[], None] = lambda: None) -> None:
         """Until the thread has ended; `beat` tells a watchdog that this is no hang: patience is bounded."""

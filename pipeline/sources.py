@@ -216,6 +216,21 @@ def _read_array(chunk: Chunk) -> Iterator[_Part]:
 
 
 def _read_parquet(chunk: Chunk) -> Iterator[_Part]:
+    """Rows of the chunk. Where the file is damaged, the rest of them have an error: nothing is lost uncounted."""
+    done = chunk.start
+    try:
+        for part in _decoded(chunk):
+            done = part[0]
+            yield part
+    except (OSError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the system or the network, not of the decoder
+            raise
+        yield from (
+            (number, None, "unreadable parquet: the file is damaged", "") for number in range(done + 1, chunk.stop + 1)
+        )
+
+
+def _decoded(chunk: Chunk) -> Iterator[_Part]:
     """Rows of the groups that overlap the chunk; what lies before it is decoded again, which is cheap beside the rest."""
     from pyarrow import parquet
 

@@ -10,6 +10,7 @@ import gc
 import json
 import math
 import os
+import shutil
 import time
 import weakref
 from collections.abc import Iterator
@@ -373,6 +374,14 @@ def test_frozen_parameters_stay_out(stage: int, alone: Path) -> None:
 def test_checkpoint_of_another_model_is_refused(alone: Path, one: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"has lm\.lm_head\.weight \[65, 32\], this model does not"):
         engine.Engine(Tiny(tie=True), config(2), "cpu", alone / "2")
+
+
+def test_moments_that_are_missing_are_not_taken_for_zero(alone: Path, one: dict[str, Any], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(alone / "0", tmp_path / "copy"))
+    for path in sorted(folder.glob("moments-*"))[:1]:
+        path.unlink()
+    with pytest.raises(ValueError, match=r"copy: lacks exp_avg/.*; it is of another model"):
+        engine.Engine(Tiny(), config(0), "cpu", folder)
 
 
 # --------------------------------------------------------------------------------------------- without training

@@ -153,6 +153,23 @@ def test_broken_arrays(tmp_path):
     ]
 
 
+def test_a_damaged_page_of_parquet_loses_no_row_uncounted(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(
+        pa.table({"prompt": [f"{i}" * 50 for i in range(3000)]}), path, row_group_size=1000, compression="gzip"
+    )
+    column = parquet.ParquetFile(path).metadata.row_group(1).column(0)
+    content = bytearray(path.read_bytes())
+    start = column.dictionary_page_offset or column.data_page_offset
+    content[start : start + 40] = bytes(40)
+    path.write_bytes(content)
+    found = records(plan([source(path)], tmp_path, chunk_bytes=40_000))
+    assert [record.row_id for record in found] == list(range(3000))
+    bad = [record for record in found if record.value is None]
+    assert {record.error for record in bad} == {"unreadable parquet: the file is damaged"}
+    assert len(bad) >= 1000 and all(record.value["prompt"] == f"{i}" * 50 for i, record in enumerate(found[:900]))
+
+
 def test_bad_utf8_in_parquet_takes_one_row(tmp_path):
     texts = pa.array([b"a", b"\xff", b"c"], pa.binary())
     column = pa.Array.from_buffers(pa.string(), 3, texts.buffers())

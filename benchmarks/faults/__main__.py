@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(names: Sequence[str], quick: bool) -> dict[str, Outcome]:
-    """The outcome of each drill. Raises DrillError where one could not be run; its folder is then kept and named."""
+    """The outcome of each drill. Raises DrillError where one could not be run. What failed leaves its folder behind."""
     found: dict[str, Outcome] = {}
     folder = Path(tempfile.mkdtemp(prefix="drills-"))
     with ExitStack() as stack:
@@ -68,9 +69,10 @@ def run(names: Sequence[str], quick: bool) -> dict[str, Outcome]:
         for name in tqdm(names, desc="drills", unit="drill", mininterval=0):
             began = time.monotonic()
             found[name] = DRILLS[name](bench)
-            tqdm.write(
-                f"{name}: {'ok' if found[name].ok else 'FAILED'}, {time.monotonic() - began:.0f} s", file=sys.stderr
-            )
+            verdict = "ok" if found[name].ok else f"FAILED, see {folder}"
+            tqdm.write(f"{name}: {verdict}, {time.monotonic() - began:.0f} s", file=sys.stderr)
+    if all(one.ok for one in found.values()):
+        shutil.rmtree(folder)
     return found
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from benchmarks.faults.history import History, history, order_of
 from benchmarks.faults.machines import ROOT, Machines
 from benchmarks.faults.materials import ROWS_PER_STEP, settings, write_model, write_pairs
-from benchmarks.faults.runs import Training, equal, share_cache
+from benchmarks.faults.runs import Training, equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +59,8 @@ class Bench:
     @contextmanager
     def training(self, name: str, *overrides: str, local: bool = False, steps: int | None = None) -> Iterator[Training]:
         """A training that is not started yet, with two ZeRO-2 workers on the cluster, or local; ended with the block."""
+        self.quiet(local, steps)
         made = self._training(name, *overrides, local=local, steps=steps)
-        share_cache(self.quiet(local, steps), made)
         try:
             yield made
         finally:
@@ -82,13 +84,23 @@ class Bench:
 
     def _training(self, name: str, *overrides: str, local: bool, steps: int | None = None) -> Training:
         count = steps or self.steps
-        pairs = self.folder / f"pairs-{count}.jsonl"
-        if not pairs.exists():
-            write_pairs(pairs, count * ROWS_PER_STEP // 2)  # two epochs
         environment = dict(self.environment) if local else self.cluster().drivers
         workers = [] if local else ["scaling.workers=2", "scaling.max_failures=-1"]
-        given = settings(self.model, pairs, count, self.every)
-        return Training(self.folder / name, given, environment, [*workers, "objective.pause=0.15", *overrides])
+        given = settings(self.model, self.folder / f"pairs-{count}.jsonl", count, self.every)
+        made = Training(self.folder / name, given, environment, [*workers, "objective.pause=0.15", *overrides])
+        shutil.copytree(self._prepared(given, count), made.storage)
+        return made
+
+    def _prepared(self, given: dict[str, Any], count: int) -> Path:
+        """A storage folder with everything prepared, once: no drill of training is about that."""
+        from pipeline import driver
+        from pipeline.config_file import validate
+
+        storage = self.folder / f"prepared-{count}"
+        if not storage.exists():
+            write_pairs(self.folder / f"pairs-{count}.jsonl", count * ROWS_PER_STEP // 2)  # two epochs
+            driver.prepare(validate(given | {"storage": str(storage)}), local=True)
+        return storage
 
     @property
     def model(self) -> Path:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,7 +27,7 @@ from pipeline.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
-START_SECONDS = 120
+START_SECONDS = 300
 STORE_BYTES = 150_000_000
 """Object store of one node."""
 
@@ -99,9 +101,10 @@ class Machines:
     jobs: dict[str, str] = field(default_factory=dict)  # of `ray job submit`
     nodes: list[Node] = field(default_factory=list)  # the head first
     _port: int = 0
+    _sockets: Path | None = None
 
     def start(self, workers: int) -> None:
-        """The head and `workers` nodes; ready when the head knows all of them."""
+        """The head and `workers` nodes."""
         token = self.folder / "token"
         token.write_text(secrets.token_hex(32))
         token.chmod(0o600)
@@ -118,18 +121,18 @@ class Machines:
             # A node that is gone is noticed after 3 s instead of 15.
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_failure_threshold": "3",
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+            "RAY_raylet_start_wait_time_s": str(START_SECONDS),  # a busy machine is no fault
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
         }
         head = ["--head", f"--port={self._port}", "--num-cpus=0", "--dashboard-host=127.0.0.1"]
         head += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"]
-        self._launch("127.0.0.1", [*head, f"--temp-dir=/tmp/drill-{self._port}"])
+        self._sockets = Path(tempfile.mkdtemp(prefix="drill-"))  # their paths have to be short
+        self._launch("127.0.0.1", [*head, f"--temp-dir={self._sockets}"])
         for _ in range(workers):
             self.add()
         self.jobs = self.environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
         self.drivers = self.environment | {"RAY_ADDRESS": f"127.0.0.1:{self._port}"}
-        self._await(workers + 1)
 
     def add(self) -> Node:
         """One more worker node."""
@@ -148,6 +151,8 @@ class Machines:
         for node in reversed(self.nodes):
             if node.command.poll() is None:
                 node.stop()
+        if self._sockets is not None:
+            shutil.rmtree(self._sockets, ignore_errors=True)
 
     def _launch(self, address: str, arguments: list[str]) -> Node:
         command = [str(BIN / "ray"), "start", "--block", f"--node-ip-address={address}", *arguments]
@@ -159,31 +164,16 @@ class Machines:
                 command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
             )
         self.nodes.append(Node(address, process))
-        if len(self.nodes) == 1:
-            self._await_port()
+        self._await_start(self.nodes[-1], Path(log.name))
         return self.nodes[-1]
 
-    def _await_port(self) -> None:
+    def _await_start(self, node: Node, log: Path) -> None:
+        """One after the other: nodes of one machine that start at once were seen to abort over files they share."""
         until = time.monotonic() + START_SECONDS
-        while time.monotonic() < until:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self._port)) == 0:
-                    return
-            time.sleep(0.2)
-        raise DrillError(f"Ray's head did not start; see {self.folder / 'node-0.log'}")
-
-    def _await(self, count: int) -> None:
-        """Until the head lists so many nodes."""
-        code = "import ray, sys; ray.init(logging_level=40); print(sum(n['Alive'] for n in ray.nodes()))"
-        until = time.monotonic() + START_SECONDS
-        while time.monotonic() < until:
-            asked = subprocess.run(
-                [sys.executable, "-c", code], env=self.drivers, capture_output=True, text=True, timeout=60
-            )
-            if asked.stdout.strip().endswith(str(count)):
-                return
-            time.sleep(0.5)
-        raise DrillError(f"{count} nodes did not start; see {self.folder}/node-*.log: {asked.stderr[-300:]}")
+        while "Ray runtime started" not in log.read_text(errors="replace"):
+            if node.command.poll() is not None or time.monotonic() > until:
+                raise DrillError(f"a node of Ray did not start; see {log}")
+            time.sleep(0.1)
 
 
 @contextmanager

@@ -32,15 +32,15 @@ def killed_worker(bench: Bench) -> Outcome:
 
 def hung_worker(bench: Bench) -> Outcome:
     """SIGSTOP to one of two training workers: nothing fails, nothing goes on."""
-    with bench.training("hung-worker", "train.hang_timeout=6") as training:
+    with bench.training("hung-worker", "train.hang_timeout=15") as training:
         training.start()
         training.await_step(bench.every + 2)
         stopped = _workers(bench)[:1]
         stopped[0].send_signal(signal.SIGSTOP)
         training.finish()
-        said = "made no progress for 6 s" in training.log()
+        said = "made no progress for 15 s" in training.log()
         found = _recovered(
-            bench, training, "SIGSTOP to one of two workers", "the others gave up after hang_timeout = 6 s"
+            bench, training, "SIGSTOP to one of two workers", "the others gave up after hang_timeout = 15 s"
         )
         kill([process for process in stopped if process.is_running()])
         return found if said else _failed(found, "nobody said that a worker hung")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,8 +19,8 @@ from benchmarks.faults.machines import ROOT, DrillError, family, kill
 from pipeline import checkpoint
 from pipeline.progress import METRICS_FILE, read_metrics
 
-PATIENCE = 240.0
-"""Seconds for anything to happen; a recovery takes a tenth of it on a quiet machine."""
+PATIENCE = 500.0
+"""Seconds for anything to happen; a recovery takes a twentieth of it on a quiet machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +164,3 @@ class Training:
 def equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
     """To the last bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def share_cache(source: Training, target: Training) -> None:
-    """What was prepared once is not prepared again: no drill of training is about that."""
-    shutil.copytree(source.storage / "cache", target.storage / "cache")
