@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.patience import StorageFailed, may_pass, patiently
+from pipeline.redaction import RedactingFormatter, redact
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def log_to(path: Path) -> Iterator[None]:
     """Copy our own warnings to a file: workers are elsewhere, and the driver's `Monitor` shows it to the person."""
     handler = logging.FileHandler(path)
     handler.setLevel(logging.WARNING)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("pipeline")
     logger.addHandler(handler)
     try:
