@@ -1,7 +1,8 @@
 # make demo       align a small language model on real data, end to end (first call installs)
 # make test       the test suite without the drills      make test-slow   the drills (kills, resumes, large runs)
 # make throughput one training step, side by side with TRL's
-# make lint       ruff                                   make lock        re-pin requirements/*.lock from .venv
+# make lint       ruff, security rules included          make lock        re-pin requirements/*.lock from .venv
+# make audit      known vulnerabilities of the pinned packages (asks the package index, says so where it cannot)
 # make clean      remove .venv and caches; results in outputs/ stay
 #
 # Everything lives in .venv and is installed from pins, with --no-deps: see requirements/lock.py.
@@ -18,7 +19,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet
 TEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0 $(BIN)/python -m pytest
 
-.PHONY: demo test test-slow throughput lint lock clean
+.PHONY: demo test test-slow throughput lint lock audit clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -42,6 +43,11 @@ lint: .venv/.dev-stamp
 
 lock: .venv/.demo-stamp .venv/.dev-stamp
 	$(BIN)/python requirements/lock.py
+
+# pip-audit has a place of its own: its dependencies are none of ours.
+audit: .venv/.torch-stamp
+	test -x .venv/audit/bin/pip-audit || { $(PYTHON) -m venv .venv/audit && .venv/audit/bin/pip install --quiet pip-audit; }
+	$(BIN)/python requirements/audit.py .venv/audit/bin
 
 clean:
 	rm -rf .venv *.egg-info build .pytest_cache .ruff_cache .hypothesis

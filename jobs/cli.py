@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -37,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The `qalign` command."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` has it: a user's own objective or scorer may lie here
+        # A project of one's own may lie here (see `pipeline.dotted`). Last: no file of this folder hides an installed module.
+        sys.path.append(os.getcwd())
     if argv[:1] == ["schema"]:
         from pipeline.config_file import json_schema
 
@@ -78,20 +78,21 @@ def run_job(job: ModuleType, argv: Sequence[str] | None = None) -> int:
     if hasattr(job, "arguments"):
         job.arguments(parser)
     options = parser.parse_intermixed_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at the first large tensor; see `pipeline.cluster`
 
     from pipeline.config_file import load
     from pipeline.errors import Leaving, UserError
+    from pipeline.redaction import log_to_terminal, redact
 
+    log_to_terminal()
     try:
         job.run(load(options.config, options.overrides), options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that cannot be written: the system's words name it
-        print(f"error: {error}; check the path, its permissions and the space left", file=sys.stderr)
+        print(f"error: {redact(str(error))}; check the path, its permissions and the space left", file=sys.stderr)
         return 2
     except Leaving as leaving:
         print(f"{leaving}; the same command continues from there", file=sys.stderr)

@@ -111,13 +111,13 @@ def check(config: RunConfig) -> None:
         plan([config.evaluation.planted], Path(config.storage) / "cache" / "sources", key=KEY)
     for key, path in (("checkpoint_from", config.checkpoint_from), ("evaluation.against", config.evaluation.against)):
         if path is not None:
-            _check_model(path, Path(config.storage) / "cache", key)
+            _check_model(config, path, key)
     runs = Path(config.storage) / "runs"
     if config.checkpoint_from is None and not any(runs.glob(f"{config.name}-*/run.json")):
         raise ConfigError(f"checkpoint_from: there is no run {config.name} in {runs}; train it first, or name a model")
 
 
-def _check_model(path: str, cache: Path, key: str) -> None:
+def _check_model(config: RunConfig, path: str, key: str) -> None:
     """Raises ConfigError where a run, checkpoint, folder or name cannot be a model."""
     from pipeline import checkpoint
     from pipeline.export import RUN_FILE
@@ -125,7 +125,7 @@ def _check_model(path: str, cache: Path, key: str) -> None:
 
     folder = Path(path).expanduser()
     if not (folder / RUN_FILE).is_file() and not (folder / checkpoint.STATE).is_file():
-        load_config(locate(path, cache, key), key=key)
+        load_config(locate(path, Path(config.storage) / "cache", key), config.model.trust_remote_code, key)
 
 
 def open_study(config: RunConfig, prepared: object, own: Path, local: bool, sample: bool) -> Study:
@@ -138,8 +138,9 @@ def open_study(config: RunConfig, prepared: object, own: Path, local: bool, samp
 
     assert isinstance(prepared, driver.Prepared)
     cache = Path(config.storage) / "cache"
-    weights = weights_of(config.checkpoint_from or str(own), cache)
-    second = weights_of(config.evaluation.against, cache, "evaluation.against") if config.evaluation.against else None
+    trust, against = config.model.trust_remote_code, config.evaluation.against
+    weights = weights_of(config.checkpoint_from or str(own), cache, trust_remote_code=trust)
+    second = weights_of(against, cache, "evaluation.against", trust) if against else None
     check_thoughts(config.sampling, [weights, *([second] if second else [])])
     split = Rows(prepared.rows, prepared.reference).split(config.data, config.seed)
     positions = split.eval

@@ -26,6 +26,7 @@ from pipeline.loop import Job, train_worker
 from pipeline.order import Plan
 from pipeline.pretrained import fingerprint, load_config, load_tokenizer, locate, precision
 from pipeline.progress import ERROR_FILE, METRICS_FILE, RAY_FILE, Monitor, read_metrics, tell
+from pipeline.redaction import redact, redacted
 from pipeline.reference_cost import states_folder
 from pipeline.rows import Rows
 from pipeline.thinker import assistant_of, check_steps, latent_identity
@@ -213,7 +214,7 @@ def open_run(config: RunConfig, prepared: Prepared) -> tuple[Path, str]:
     run = storage / "runs" / f"{config.name}-{identity}"
     if not (run / RUN_FILE).is_file():
         run.mkdir(parents=True, exist_ok=True)
-        write_json(run / RUN_FILE, {"identity": identity, "model": prepared.model, "config": config.dump()})
+        write_json(run / RUN_FILE, {"identity": identity, "model": prepared.model, "config": redacted(config.dump())})
     return run, identity
 
 
@@ -327,7 +328,7 @@ def _worker(plain: dict[str, Any]) -> None:
     try:
         train_worker(plain, draining=draining)
     except UserError as error:
-        write_json(note, str(error))
+        write_json(note, redact(str(error)))
         raise
     except Leaving:
         raise  # told already

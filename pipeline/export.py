@@ -79,11 +79,12 @@ RUN_FILE = "run.json"
 EXPORT = "export"
 
 
-def weights_of(path: str, cache: Path, key: str = "checkpoint_from") -> str:
+def weights_of(path: str, cache: Path, key: str = "checkpoint_from", trust_remote_code: bool = False) -> str:
     """A folder or hub name that transformers loads, for anything that holds weights.
 
     `path`: a hub name or model folder, a run's folder (its export, or else its newest checkpoint), or one of a run's
-    checkpoints `…/step-00000020`. Checkpoints are exported once, beside the run's own export. Raises ConfigError about `key`.
+    checkpoints `…/step-00000020`. Checkpoints are exported once, beside the run's own export. trust_remote_code: the caller's
+    permission; what a run's own file says of it does not count, as the run may be somebody else's. Raises ConfigError about `key`.
     """
     folder = Path(path).expanduser().absolute()
     if (folder / RUN_FILE).is_file() and not (folder / EXPORT).is_dir():
@@ -97,6 +98,7 @@ def weights_of(path: str, cache: Path, key: str = "checkpoint_from") -> str:
     target = run / "exports" / folder.name
     if not target.is_dir():
         made_by = json.loads((run / RUN_FILE).read_text())
+        made_by["config"]["model"]["trust_remote_code"] = trust_remote_code
         target.parent.mkdir(exist_ok=True)
         export(validate(made_by["config"]), folder, made_by["model"], target)
     return str(target)

@@ -9,6 +9,7 @@ Left out: what the files hold (`sources`).
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import tempfile
@@ -20,6 +21,7 @@ import pyarrow as pa
 from fsspec.core import url_to_fs
 
 from pipeline.config import ConfigError, Source, digest
+from pipeline.redaction import without_credentials
 
 ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
@@ -62,7 +64,12 @@ def resolve(source: Source, key: str, work: Path) -> list[File]:
         return [_copied(source, key, work, None)]
     else:
         raise ConfigError(f"{key}.path: {source.path} does not exist; check the path")
-    return [File(_absolute(fs, path), _format(fs, path, source, key), _relative(path, base)) for path in paths]
+    if "file" in fs.protocol and paths != [root]:
+        _check_inside(paths, base, key)
+    return [
+        File(_absolute(fs, path), _format(fs, path, source, key), without_credentials(_relative(path, base)))
+        for path in paths
+    ]
 
 
 def open_binary(path: str) -> BinaryIO:
@@ -126,6 +133,22 @@ def _relative(path: str, base: str) -> str:
     return path[len(base) :].lstrip("/") if path.startswith(base) else path
 
 
+def _check_inside(paths: list[str], base: str, key: str) -> None:
+    """Raises ConfigError where a link leads out of the folder: what was unpacked there must not choose what else is read."""
+    root = Path(base).resolve()
+    for path in map(Path, paths):
+        target = path.resolve()
+        if not target.is_relative_to(root) and not _is_blob(path, target):
+            raise ConfigError(f"{key}.path: {path} is a link to {target}, outside of {base}; name the target itself")
+
+
+def _is_blob(path: Path, target: Path) -> bool:
+    """Whether this is how the hub's cache is laid out: …/snapshots/COMMIT/FILE is a link to …/blobs/HASH."""
+    if "snapshots" not in path.parts:
+        return False
+    return target.parent == Path(*path.parts[: path.parts.index("snapshots")]).resolve() / "blobs"
+
+
 # ------------------------------------------------------------------------------------------------ datasets
 
 
@@ -149,6 +172,7 @@ def _copied(source: Source, key: str, work: Path, saved: str | None) -> File:
 def _load_saved(source: Source, key: str, folder: str) -> Any:
     import datasets
 
+    _check_saved(Path(folder), key)
     try:
         loaded = datasets.load_from_disk(folder)
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -160,6 +184,21 @@ def _load_saved(source: Source, key: str, folder: str) -> Any:
     if source.split not in ("train", str(loaded.split)):
         raise ConfigError(f"{key}.split: {folder} holds one data set, no split {source.split}; remove the key")
     return loaded
+
+
+def _check_saved(folder: Path, key: str) -> None:
+    """Raises ConfigError where a saved folder's descriptions name files or folders that lie elsewhere."""
+    for description in folder.rglob("*.json"):
+        if description.name not in _SAVED:
+            continue
+        try:
+            found = json.loads(description.read_text(encoding="utf-8"))
+            names = [*found.get("splits", []), *(file["filename"] for file in found.get("_data_files") or ())]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ConfigError(f"{key}.path: {description} cannot be read; save the data set again") from None
+        for name in names:
+            if name in ("", ".", "..") or Path(name).name != name:
+                raise ConfigError(f"{key}.path: {description} names {name!r}, outside of its folder; save it again")
 
 
 def _load_named(source: Source, key: str) -> Any:

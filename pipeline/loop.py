@@ -34,6 +34,7 @@ from pipeline.notice import Notice
 from pipeline.order import Plan, micro_batches
 from pipeline.patience import patiently
 from pipeline.progress import LOG_FILE, METRICS_FILE, MetricsFile, log_to, tell
+from pipeline.redaction import urls_without_credentials
 from pipeline.rows import Rows, Split
 from pipeline.run_log import RunLog, last_start
 from pipeline.saver import Saver
@@ -129,7 +130,8 @@ class Job:
             "reference": str(self.reference) if self.reference else None,
             "states": str(self.states) if self.states else None,
         }
-        return {"config": self.config.dump(), "model": self.model, "frozen": self.frozen, **paths}
+        config = urls_without_credentials(self.config.dump())  # they open no source and no tracking server
+        return {"config": config, "model": self.model, "frozen": self.frozen, **paths}
 
     @classmethod
     def parse(cls, plain: dict[str, Any]) -> Job:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.backlog import Backlog
+from pipeline.redaction import redact, redacted
 from pipeline.tracking import Status, Tracker
 
 if TYPE_CHECKING:
@@ -62,24 +63,25 @@ class MlflowTracker(Tracker):
         retry: float = 15.0,
     ) -> None:
         self._uri, self._experiment, self._run = uri, experiment, run
+        self._shown = redact(uri)
         self._name, self._parent = name or run.name, parent
         self._state = self._read_state()
         self._steps: list[tuple[int, list[Metric]]] = []
-        self._backlog = Backlog(f"MLflow ({uri})", self._open, _is_final, interval, retry)
+        self._backlog = Backlog(f"MLflow ({self._shown})", self._open, _is_final, interval, retry)
         # Not sent before the first real entry: looking at a finished run must not make it a running one.
         self._backlog.add("tags", lambda client: self._set_tags(client, tags), flush=False)
 
     @property
     def location(self) -> str:
         run_id = self._state["run_id"]
-        return f"{self._uri} (experiment {self._experiment}, run {run_id})" if run_id else ""
+        return f"{self._shown} (experiment {self._experiment}, run {run_id})" if run_id else ""
 
     def last_step(self) -> int:
         self._backlog.flush()  # finds out whether the run of tracking.json still exists
         return self._state["last_step"]
 
     def log_config(self, config: Mapping[str, Any]) -> None:
-        params = flatten(config)
+        params = flatten(redacted(config))
         self._backlog.add("configuration", lambda client: _log_params(client, self._state["run_id"], params))
         self.log_dict(config, "config.json")
 
@@ -111,10 +113,10 @@ class MlflowTracker(Tracker):
             self._backlog.add("tags", lambda client: self._set_tags(client, tags))
 
     def log_text(self, text: str, name: str) -> None:
-        self._backlog.add(name, lambda client: client.log_text(self._state["run_id"], text, name))
+        self._backlog.add(name, lambda client: client.log_text(self._state["run_id"], redact(text), name))
 
     def log_dict(self, content: Mapping[str, Any], name: str) -> None:
-        self._backlog.add(name, lambda client: client.log_dict(self._state["run_id"], dict(content), name))
+        self._backlog.add(name, lambda client: client.log_dict(self._state["run_id"], redacted(content), name))
 
     def log_artifact(self, file: Path) -> None:
         self._backlog.add(file.name, lambda client: client.log_artifact(self._state["run_id"], str(file)))
@@ -143,7 +145,7 @@ class MlflowTracker(Tracker):
     def _set_tags(self, client: MlflowClient, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
 
-        client.log_batch(self._state["run_id"], tags=[RunTag(_key(k), _cut(v)) for k, v in tags.items()])
+        client.log_batch(self._state["run_id"], tags=[RunTag(_key(k), _cut(redact(v))) for k, v in tags.items()])
 
     def _send_steps(self, client: MlflowClient) -> None:
         """All waiting step metrics at once. Sending them again does no harm: MLflow drops exact repetitions."""
@@ -159,7 +161,7 @@ class MlflowTracker(Tracker):
         """Connect, and continue or create the run. Raises what MLflow raises."""
         client = _connect(self._uri)
         if self._state["run_id"] and not _is_there(client, self._state["run_id"]):
-            logger.warning("MLflow (%s) has lost run %s; a new one replaces it", self._uri, self._state["run_id"])
+            logger.warning("MLflow (%s) has lost run %s; a new one replaces it", self._shown, self._state["run_id"])
             self._state = self._new_state()
         if self._state["run_id"]:
             client.update_run(self._state["run_id"], status="RUNNING")
@@ -174,12 +176,12 @@ class MlflowTracker(Tracker):
         return client
 
     def _new_state(self) -> dict[str, Any]:
-        return {"uri": self._uri, "token": uuid.uuid4().hex, "run_id": None, "last_step": 0, "not_finite": {}}
+        return {"uri": self._shown, "token": uuid.uuid4().hex, "run_id": None, "last_step": 0, "not_finite": {}}
 
     def _read_state(self) -> dict[str, Any]:
         path = self._run / STATE_FILE
         state = json.loads(path.read_text()) if path.is_file() else self._new_state()
-        return state if state["uri"] == self._uri else self._new_state()
+        return state if state["uri"] == self._shown else self._new_state()
 
     def _write_state(self, **changes: Any) -> None:
         self._state |= changes
@@ -218,7 +220,7 @@ def _create(client: MlflowClient, uri: str, experiment: str, name: str, tags: di
     """Id of the run with the token in `tags`; the experiment's artifacts lie beside a sqlite file, not in the current folder."""
     found = client.get_experiment_by_name(experiment)
     database = _sqlite_file(uri)
-    place = (database.parent / "mlartifacts" / _key(experiment)).as_uri() if database else None
+    place = (database.parent / "mlartifacts" / _folder_name(experiment)).as_uri() if database else None
     experiment_id = found.experiment_id if found else client.create_experiment(experiment, artifact_location=place)
     for run in client.search_runs([experiment_id], f"tags.`qalign.token` = '{tags['qalign.token']}'", max_results=1):
         return run.info.run_id
@@ -272,6 +274,11 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, str]:
 def _key(name: str) -> str:
     """`name` in the letters and the length that MLflow takes."""
     return re.sub(r"[^\w./ -]", "_", name)[:250]
+
+
+def _folder_name(name: str) -> str:
+    """`name` as one folder: nothing in it leads elsewhere."""
+    return re.sub(r"[^\w. -]", "_", name).lstrip(".")[:250] or "_"
 
 
 def _cut(value: str) -> str:

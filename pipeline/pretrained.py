@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline.config import Attention, ConfigError, Precision
+from pipeline.weight_files import check_weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -313,6 +314,7 @@ def _load(
     from safetensors import SafetensorError
     from transformers.utils import logging
 
+    check_weight_files(path, key)
     if Path(path).is_dir():
         logging.disable_progress_bar()  # local weights load in moments; downloads keep their bar
     verbosity = logging.get_verbosity()
@@ -323,6 +325,7 @@ def _load(
             dtype=dtype,
             attn_implementation=_attention(attention, load_config(path, trust_remote_code, key)),
             trust_remote_code=trust_remote_code,
+            use_safetensors=True,
             output_loading_info=True,
             **settings,
         )

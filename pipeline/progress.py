@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.patience import StorageFailed, may_pass, patiently
+from pipeline.redaction import RedactingFormatter, redact
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def log_to(path: Path) -> Iterator[None]:
     """Copy our own warnings to a file: workers are elsewhere, and the driver's `Monitor` shows it to the person."""
     handler = logging.FileHandler(path)
     handler.setLevel(logging.WARNING)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("pipeline")
     logger.addHandler(handler)
     try:
@@ -109,7 +110,7 @@ def log_to(path: Path) -> Iterator[None]:
 def tell(run: Path, text: str) -> None:
     """A line for the person at the driver's terminal, from any worker."""
     with (run / LOG_FILE).open("a") as log:
-        log.write(text + "\n")
+        log.write(redact(text) + "\n")
 
 
 PATIENCE = 15.0

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from pipeline.arrow_files import ExtensionType, read_ipc
 from pipeline.collate import collate
 from pipeline.config import ModelConfig, RunConfig, digest
 from pipeline.contracts import REFERENCE_SCHEMA, STATES_SCHEMA
@@ -81,9 +82,8 @@ def _bytes(states: torch.Tensor) -> bytes:
 def is_whole(part: Path) -> bool:
     """Whether an earlier, interrupted call wrote this part in full."""
     try:
-        with pa.ipc.open_file(pa.memory_map(str(part))) as reader:
-            reader.read_all().validate(full=True)
-    except (OSError, pa.ArrowInvalid):
+        read_ipc(part).validate(full=True)
+    except (OSError, pa.ArrowInvalid, ExtensionType):
         return False
     return True
 

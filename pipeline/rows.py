@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from pipeline.arrow_files import ExtensionType, read_ipc
 from pipeline.config import ConfigError, DataConfig
 from pipeline.contracts import REFERENCE_SCHEMA, ROW_SCHEMA, STATES_SCHEMA, Row
 from pipeline.durable import write_json
@@ -96,8 +97,12 @@ def _open_parts(folder: Path, schema: pa.Schema) -> pa.Table:
     """All parts as one memory-mapped table."""
     tables = []
     for name in manifest(folder)["parts"]:
-        with pa.ipc.open_file(pa.memory_map(str(folder / name))) as reader:
-            tables.append(reader.read_all())
+        try:
+            tables.append(read_ipc(folder / name))
+        except (ExtensionType, pa.ArrowException) as error:
+            raise StaleCache(f"{folder / name}: {error}; delete {folder} and run `qalign prepare` again") from None
+        if not tables[-1].schema.equals(schema):
+            raise StaleCache(f"{folder / name}: other columns; delete {folder} and run `qalign prepare` again")
     return pa.concat_tables(tables) if tables else schema.empty_table()
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Leaving
+from pipeline.redaction import redacted
 
 FOLDER = "logs"
 STEP_SECONDS = 10.0
@@ -74,7 +75,7 @@ class RunLog(logging.Handler):
         line = {"time": moment, "event": event, **self._place, **values, **lost}
         try:
             with self._path.open("a") as file:
-                file.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+                file.write(json.dumps(redacted(line), ensure_ascii=False, default=str) + "\n")
         except OSError:
             self._lost += 1
         else:

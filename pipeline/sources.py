@@ -20,10 +20,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.arrow_files import ExtensionType, open_parquet
 from pipeline.columns import mapped
 from pipeline.config import ConfigError, Source, digest
 from pipeline.files import File, compression, one_line, open_binary, resolve
 from pipeline.json_records import BYTE_ORDER_MARK, excerpt, parse_array, parse_line
+from pipeline.redaction import without_credentials
 
 # A line that holds nothing but white space; the lookahead leaves its end to be the next line's beginning.
 _BLANK_LINE = re.compile(rb"\n[ \t\r\x0b\x0c]*(?=\n)")
@@ -106,7 +108,7 @@ def plan(
             content = xxhash.xxh3_128()
             try:
                 spans = list(_scan(file, chunk_bytes, content))
-            except (OSError, pa.ArrowException) as error:
+            except (OSError, pa.ArrowException, ExtensionType) as error:
                 what = f"{file.path} is not a readable {file.format} file ({one_line(error)})"
                 raise ConfigError(f"{key}.{i}.path: {what}; replace it") from None
             for start, stop, line, records in spans:
@@ -159,13 +161,11 @@ def _scan_array(path: str, content: Any) -> Iterator[_Span]:
 
 
 def _scan_parquet(path: str, chunk_bytes: int, content: Any) -> Iterator[_Span]:
-    from pyarrow import parquet
-
     with open_binary(path) as stream:
         while block := stream.read(8 << 20):
             content.update(block)
         stream.seek(0)
-        metadata = parquet.ParquetFile(stream).metadata
+        metadata = open_parquet(stream).metadata
     size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
     rows = max(1, chunk_bytes * metadata.num_rows // max(1, size))
     for start in range(0, metadata.num_rows, rows):
@@ -191,7 +191,7 @@ def read(chunk: Chunk) -> Iterator[RawRecord]:
         found += 1
     if found != chunk.records:
         planned = f"{found} records where {chunk.records} were planned"
-        raise RuntimeError(f"{chunk.path}: {planned}; the file changed, run again")
+        raise RuntimeError(f"{without_credentials(chunk.path)}: {planned}; the file changed, run again")
 
 
 _Part = tuple[int, dict[str, Any] | None, str | None, str]
@@ -232,10 +232,8 @@ def _read_parquet(chunk: Chunk) -> Iterator[_Part]:
 
 def _decoded(chunk: Chunk) -> Iterator[_Part]:
     """Rows of the groups that overlap the chunk; what lies before it is decoded again, which is cheap beside the rest."""
-    from pyarrow import parquet
-
     with open_binary(chunk.path) as stream:
-        file = parquet.ParquetFile(stream)
+        file = open_parquet(stream)
         stops = list(accumulate(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)))
         starts = [0, *stops[:-1]]
         groups = [i for i in range(len(stops)) if starts[i] < chunk.stop and stops[i] > chunk.start]

@@ -19,6 +19,7 @@ from pipeline import checkpoint, run_log
 from pipeline.config import RunConfig
 from pipeline.export import EXPORT, RUN_FILE
 from pipeline.progress import ERROR_FILE, LOG_FILE, METRICS_FILE, RAY_FILE, read_metrics, summarise
+from pipeline.redaction import redacted
 from pipeline.waiting import cluster_lines
 
 MEANING = ("data", "model", "objective", "optimizer", "critic", "seed")
@@ -43,7 +44,7 @@ def _runs(config: RunConfig) -> list[Path]:
 
 
 def _same(config: RunConfig, other: dict[str, Any]) -> bool:
-    own = config.dump()
+    own = redacted(config.dump())
     lengths = all(own["train"].get(key) == other["train"].get(key) for key in LENGTH)
     return lengths and all(own[section] == other[section] for section in MEANING)
 

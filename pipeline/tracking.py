@@ -14,6 +14,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from pipeline.config import ConfigError, RunConfig
+from pipeline.redaction import redact
 
 DATABASE = "mlflow.db"
 SCHEMES = {"sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks"}
@@ -82,7 +83,7 @@ def tracking_uri(config: RunConfig) -> str:
         return f"sqlite:///{Path(config.storage).resolve() / DATABASE}"
     if urlsplit(uri).scheme.split("+")[0] not in SCHEMES and uri != "databricks":
         raise ConfigError(
-            f"tracking.uri: {uri} is no MLflow server or database; use sqlite:///FILE or http://HOST:PORT"
+            f"tracking.uri: {redact(uri)} is no MLflow server or database; use sqlite:///FILE or http://HOST:PORT"
         )
     return uri
 

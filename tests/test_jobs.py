@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_export_and_decode_of_a_finished_run(qalign, tmp_path: Path) -> None:
     assert qalign("decode", *same, f"checkpoint_from={best}", "sampling.max_new_tokens=4", "sampling.limit=2")[0] == 0
 
 
-def test_an_objective_in_the_current_folder_loads_by_dotted_path(qalign, tmp_path: Path, monkeypatch) -> None:
+def test_an_objective_in_a_folder_of_pythonpath_loads_by_dotted_path(qalign, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "mine.py").write_text(
         "from typing import ClassVar\n"
         "from pipeline.contracts import *\n"
@@ -90,6 +91,10 @@ def test_an_objective_in_the_current_folder_loads_by_dotted_path(qalign, tmp_pat
         "class Bare(Objective): pass\n"
     )
     monkeypatch.chdir(tmp_path)
+    refused = error_of(qalign("train", "objective={name: 'mine:Bare'}"))
+    assert "is not installed); pip install it, or name its folder in PYTHONPATH" in refused
+    assert "mine" not in sys.modules
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert "has no `needs`" in error_of(qalign("train", "objective={name: 'mine:Bare'}"))
     told = error_of(qalign("train", "objective={name: 'mine:Likelihood'}"))
     assert "returns the terms ['b'] but weighs ['a']" in told

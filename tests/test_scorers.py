@@ -52,7 +52,7 @@ def test_vader_without_its_package_names_the_extra(monkeypatch):
 
 
 def test_a_dotted_path_gives_a_users_function():
-    assert resolve("operator:concat") is __import__("operator").concat
+    assert resolve("xxhash:xxh3_64_hexdigest") is __import__("xxhash").xxh3_64_hexdigest
 
 
 @pytest.mark.parametrize(
@@ -60,8 +60,8 @@ def test_a_dotted_path_gives_a_users_function():
     [
         ("vadr", "'vadr' is none of vader, verifiable, classifier, nor a dotted path"),
         ("no_such_module:f", "cannot load 'no_such_module:f'.*installed on every node"),
-        ("math:no_such", "cannot load 'math:no_such'"),
-        ("math:pi", "'math:pi' is a float; name a function"),
+        ("xxhash:no_such", "cannot load 'xxhash:no_such'"),
+        ("xxhash:VERSION", "'xxhash:VERSION' is a str; name a function"),
         ("../evil:f", "nor a dotted path"),
     ],
 )
@@ -90,14 +90,14 @@ def test_a_scorer_that_returns_no_number_is_a_failure():
 
 
 def test_no_pairs_give_no_scores():
-    scores, failures = score_all(resolve("operator:concat"), [])
+    scores, failures = score_all(resolve("xxhash:xxh64"), [])
     assert scores.shape == (0,)
     assert failures == []
 
 
 def test_a_scorer_that_fails_on_everything_is_an_error():
-    with pytest.raises(ConfigError, match=r"math:sqrt failed on every completion \(TypeError"):
-        score("math:sqrt", ("a", "b"))
+    with pytest.raises(ConfigError, match=r"xxhash:xxh64 failed on every completion \(TypeError"):
+        score("xxhash:xxh64", ("a", "b"))
 
 
 PATTERN = EvaluationConfig().answer_pattern

@@ -17,6 +17,7 @@ from pipeline.driver import Prepared
 from pipeline.durable import write_json
 from pipeline.order import Plan
 from pipeline.pretrained import fingerprint
+from pipeline.redaction import redacted, urls_without_credentials
 from pipeline.rows import Rows
 from tune import search
 from tune.spaces import Point, Space
@@ -43,7 +44,7 @@ class Sweep:
         self.identity = self._identity()
         self.folder = Path(config.storage) / FOLDER / f"{config.name}-{self.identity}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / SWEEP_FILE, {"identity": self.identity, "config": config.dump()})
+        write_json(self.folder / SWEEP_FILE, {"identity": self.identity, "config": redacted(config.dump())})
         self.table = Table(self.folder)
         self._next = self.table.next_number()
         self._runs = {trial.run for trial in self.table.trials.values() if trial.run}
@@ -142,7 +143,7 @@ class Sweep:
         """Of all that changes what is tried and how it ends; not of `trials`, which may be raised later."""
         settings = self.settings.model_dump(mode="json")
         loose = {"trials", "max_concurrent_trials", "max_failures", "evaluate", "register_as"}
-        base = self.config.model_copy(update={"sweep": None}).dump()
+        base = urls_without_credentials(self.config.model_copy(update={"sweep": None}).dump())
         free = {
             "name",
             "storage",

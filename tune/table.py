@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from pipeline.durable import flush
+from pipeline.redaction import redact
 from tune.spaces import Point
 
 State = Literal["running", "finished", "stopped", "diverged", "failed"]
@@ -77,6 +78,7 @@ class Table:
 
     def put(self, trial: Trial) -> Trial:
         """Add or replace a trial."""
+        trial = replace(trial, reason=redact(trial.reason))
         self.trials[trial.number] = trial
         with self._path.open("a+b") as file:
             if file.tell() and not self._ends_whole(file):

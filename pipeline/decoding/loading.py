@@ -42,7 +42,8 @@ def weights(config: RunConfig, roles: Collection[Role], policy: str, reference: 
         "baseline": options.baseline or policy,
         "base": options.base or options.reference or reference,
     }
-    found = {role: weights_of(path, cache, KEYS[role]) for role, path in given.items() if role in roles}
+    trust = config.model.trust_remote_code
+    found = {role: weights_of(path, cache, KEYS[role], trust) for role, path in given.items() if role in roles}
     _check_tokens(config, found, tokenizer)
     return dict(found)
 

@@ -24,6 +24,7 @@ from pipeline.evaluation.judging import Failure, Scores, Texts
 from pipeline.pretrained import classifies, load_config, load_tokenizer, locate, precision
 from pipeline.reward import load_reward_network
 from pipeline.stage import Item, run_stage
+from pipeline.weight_files import check_weight_files
 
 PIECE = 256
 BATCH = 32
@@ -137,12 +138,14 @@ class ScoreTexts:
 
 
 def _load(path: str, own: ModelConfig) -> torch.nn.Module:
+    from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
+    check_weight_files(path, KEY)
     try:
         return AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=precision(own.dtype), trust_remote_code=own.trust_remote_code
+            path, dtype=precision(own.dtype), trust_remote_code=own.trust_remote_code, use_safetensors=True
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{KEY}: cannot load the classifier {path} ({reason}); check its files") from None

@@ -11,13 +11,13 @@ fails on all of them is an error.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from pipeline import dotted
 from pipeline.columns import answer_of, matches
 from pipeline.config import ConfigError, RunConfig
 from pipeline.evaluation.answers import check_column, read_answers
@@ -103,17 +103,14 @@ def judge_for(config: RunConfig, model: str | None, prompts: Sequence[str] = ())
 
 def resolve(name: str) -> Scorer:
     """The function behind a dotted path `package.module:function`. Raises `ConfigError`."""
-    module, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in [*module.split("."), attribute]):
+    if not dotted.is_dotted(name):
         raise ConfigError(
             f"sampling.scorer: {name!r} is none of {', '.join(SCORERS)}, nor a dotted path package.module:function"
         )
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"sampling.scorer: cannot load {name!r} ({error}); is the module installed on every node?"
-        ) from None
+        found = dotted.load(name)
+    except ImportError as error:
+        raise ConfigError(f"sampling.scorer: {error}") from None
     if not callable(found):
         raise ConfigError(f"sampling.scorer: {name!r} is a {type(found).__name__}; name a function (prompt, response)")
     return found

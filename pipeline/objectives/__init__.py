@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-
+from pipeline import dotted
 from pipeline.contracts import Objective
 from pipeline.objectives.dpo import Dpo
 from pipeline.objectives.dqo import Dqo
@@ -46,13 +45,12 @@ def resolve(name: str) -> type[Objective]:
     """The class behind a registry name or a dotted path `package.module:Class`. Raises ValueError."""
     if name in OBJECTIVES:
         return OBJECTIVES[name]
-    module, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in [*module.split("."), attribute]):
+    if not dotted.is_dotted(name):
         raise ValueError(f"name: {name!r} is none of {', '.join(OBJECTIVES)}, nor a dotted path package.module:Class")
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"name: cannot load {name!r} ({error}); is the module installed on every node?") from None
+        found = dotted.load(name)
+    except ImportError as error:
+        raise ValueError(f"name: {error}") from None
     if not (isinstance(found, type) and issubclass(found, Objective)):
         raise ValueError(f"name: {name!r} is not a subclass of pipeline.contracts.Objective")
     if not hasattr(found, "needs"):

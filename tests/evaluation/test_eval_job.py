@@ -24,7 +24,10 @@ from pipeline.evaluation.study import Study
         (["sampling.scorer=vadr"], "'vadr' is none of"),
         (["sampling.scorer=verifiable"], "evaluation.answer: no answer in the first records"),
         (["evaluation.evaluators=[heldout]"], "there is no 'heldout'; known are held_out"),
-        (["evaluation.against=/no/such/run", "sampling.scorer=math:hypot"], "evaluation.against: no folder"),
+        (
+            ["evaluation.against=/no/such/run", "sampling.scorer='tests.evaluation.test_eval_job:letters'"],
+            "evaluation.against: no folder",
+        ),
         (["evaluation.against=/no/such/run"], "a win rate needs a score"),
         (["evaluation.answer_pattern=(a)(b)"], "needs one group"),
         (["evaluation.planted=nowhere.jsonl", "checkpoint_from={model}"], "evaluation.planted"),
@@ -44,7 +47,7 @@ def study(make_config, *overrides: str, sampling: bool = True, second: str | Non
 
 
 def test_every_need_has_its_reason(make_config) -> None:
-    whole = study(make_config, "sampling.scorer=math:hypot", second="w")
+    whole = study(make_config, "sampling.scorer='tests.evaluation.test_eval_job:letters'", second="w")
     assert all(whole.lacks(need) is None for evaluator in EVALUATORS.values() for need in evaluator.needs)
     bare = study(make_config, "sampling.top_k=3", sampling=False)
     assert {need for e in EVALUATORS.values() for need in e.needs if bare.lacks(need)} == {

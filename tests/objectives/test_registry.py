@@ -103,7 +103,8 @@ def test_own_objective_needs_one_class_and_one_registry_line(monkeypatch):
         ("dpoo", f"none of {', '.join(OBJECTIVES)}, nor a dotted path"),
         ("no_such_module:Thing", "cannot load"),
         (f"{__name__}:Missing", "cannot load"),
-        ("collections:OrderedDict", "not a subclass"),
+        ("torch.nn:Linear", "not a subclass"),
+        ("collections:OrderedDict", "is not installed"),
     ],
 )
 def test_unknown_objectives_are_refused_in_one_line(name, cause):
