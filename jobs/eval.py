@@ -131,11 +131,13 @@ def open_study(config: RunConfig, prepared: object, own: Path, local: bool, samp
     from pipeline.evaluation.study import Study
     from pipeline.export import weights_of
     from pipeline.rows import Rows
+    from pipeline.thinker import check_thoughts
 
     assert isinstance(prepared, driver.Prepared)
     cache = Path(config.storage) / "cache"
     weights = weights_of(config.checkpoint_from or str(own), cache)
     second = weights_of(config.evaluation.against, cache, "evaluation.against") if config.evaluation.against else None
+    check_thoughts(config.sampling, [weights, *([second] if second else [])])
     split = Rows(prepared.rows, prepared.reference).split(config.data, config.seed)
     positions = split.eval
     if not len(positions):

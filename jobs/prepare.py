@@ -43,6 +43,7 @@ def describe(found) -> str:
         "tokens of the environment (context only)": found.environment_tokens,
         "rows with all log-probs of the policy that made them": found.behaviour,
         "rows with a response to another prompt beside them": found.mismatched,
+        "rows with steps to choose from before the last one": found.stepped,
     }
     lines += [f"             {count:,} {what}" for what, count in notes.items() if count]
     return "\n".join([*lines, f"tokens     {found.tokens:,}"])

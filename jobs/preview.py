@@ -139,8 +139,10 @@ def memory(config: RunConfig, model: str, lengths: list[int]) -> list[str]:
             from pipeline.model import add_lora
 
             add_lora(lm, config.model.lora)
-    total = sum(p.numel() for p in lm.parameters())
-    trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
+        prior = _prior(config, settings.get_text_config())
+    frozen_lm = prior > 0 and config.latent.backbone == "frozen" and config.model.lora is None
+    total = prior + sum(p.numel() for p in lm.parameters())
+    trained = prior + sum(p.numel() for p in lm.parameters() if p.requires_grad and not frozen_lm)
     stage, workers = config.scaling.zero_stage, config.scaling.least_workers
     size = torch.finfo(precision(config.model.dtype)).bits // 8
     master = 0 if size == 4 else 4  # float32 training updates its weights in place
@@ -174,3 +176,16 @@ def memory(config: RunConfig, model: str, lengths: list[int]) -> list[str]:
         f"memory     about {sum(parts.values()) / 2**30:.1f} GiB per worker ({_workers(config.scaling)}, ZeRO-{stage}):",
     ]
     return lines + [f"             {name:12} {value / 2**30:8.2f} GiB" for name, value in parts.items()]
+
+
+def _prior(config: RunConfig, text: Any) -> int:
+    """Parameters of the prior of latent thoughts, where the objective has them; without an assistant's, which is small."""
+    from pipeline.latent import BlockPrior
+
+    if config.objective.needed().latent == "none":
+        return 0
+    width, latent = text.hidden_size, config.latent
+    if latent.assistant is not None:
+        return width * (width + 1)
+    inner = latent.inner or getattr(text, "intermediate_size", None) or 4 * width
+    return sum(p.numel() for p in BlockPrior(width, inner, latent.n_latents, 1.0).parameters())

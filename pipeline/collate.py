@@ -25,6 +25,7 @@ def collate(rows: Sequence[Row], pad_id: int = 0) -> Batch:
     has_reference = rows[0].ref_logprobs is not None
     has_rewards = any(row.token_rewards is not None for row in rows)
     has_behaviour = any(row.behaviour_logprobs is not None for row in rows)
+    most_steps = max((len(ends) for row in rows for ends in row.step_ends or ()), default=0)
 
     input_ids = torch.full((len(rows), width), pad_id)
     position_ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -35,6 +36,7 @@ def collate(rows: Sequence[Row], pad_id: int = 0) -> Batch:
     ref_logprobs = torch.zeros(*shape, longest) if has_reference else None
     token_rewards = torch.zeros(*shape, longest) if has_rewards else None
     behaviour_logprobs = torch.full(shape, math.nan) if has_behaviour else None
+    step_ends = torch.full((*shape, most_steps), -1) if most_steps else None
     mismatched = torch.zeros(shape, dtype=torch.bool)
 
     for b, row in enumerate(rows):
@@ -57,6 +59,8 @@ def collate(rows: Sequence[Row], pad_id: int = 0) -> Batch:
                 ref_logprobs[b, k, :n] = torch.tensor(row.ref_logprobs[k])
             if token_rewards is not None and row.token_rewards is not None:
                 token_rewards[b, k, :n] = torch.tensor(row.token_rewards[k])
+            if step_ends is not None and row.step_ends is not None:
+                step_ends[b, k, : len(row.step_ends[k])] = torch.tensor(row.step_ends[k], dtype=torch.long)
             start += n
         if behaviour_logprobs is not None and row.behaviour_logprobs is not None:
             logged = [math.nan if value is None else value for value in row.behaviour_logprobs]
@@ -77,6 +81,7 @@ def collate(rows: Sequence[Row], pad_id: int = 0) -> Batch:
         ref_states=torch.cat([row.ref_states for row in rows]) if rows[0].ref_states is not None else None,  # type: ignore[misc]
         token_rewards=token_rewards,
         behaviour_logprobs=behaviour_logprobs,
+        step_ends=step_ends,
     )
 
 

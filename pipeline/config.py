@@ -17,6 +17,7 @@ from pipeline.contracts import Objective
 from pipeline.objectives import OBJECTIVES, resolve
 from pipeline.sections.base import Attention, ConfigError, Count, Fraction, Name, Positive, Precision, Section
 from pipeline.sections.data import DataConfig, Source, TrajectoryColumns
+from pipeline.sections.latent import LatentConfig
 from pipeline.sections.model import LoraSection, ModelConfig
 from pipeline.sections.sampling import DecodingConfig, EvaluationConfig, SamplingConfig
 from pipeline.sections.sweep import AshaConfig, Dimension, Range, SweepConfig
@@ -43,6 +44,7 @@ __all__ = [
     "Dimension",
     "EvaluationConfig",
     "Fraction",
+    "LatentConfig",
     "LoraSection",
     "ModelConfig",
     "Name",
@@ -95,6 +97,7 @@ class RunConfig(Section):
     objective: Annotated[SerializeAsAny[Objective], BeforeValidator(_objective)]
     optimizer: OptimizerConfig = OptimizerConfig()
     critic: CriticConfig = CriticConfig()
+    latent: LatentConfig = LatentConfig()
     train: TrainConfig = TrainConfig()
     scaling: ScalingConfig = ScalingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

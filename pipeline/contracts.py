@@ -3,7 +3,7 @@
     record ──data──▶ row ──collate──▶ Batch ──model──▶ PolicyOut ──objective──▶ LossOut
 
 Symbols, here and in every docstring: B prompts, K responses per prompt (best first), P prompt tokens,
-R response tokens, T tokens of a packed row `[prompt | response 1 | … | response K]`. β is the strength of
+R response tokens, S steps of a trajectory, n latent thoughts, D hidden width, T tokens of a packed row `[prompt | response 1 | … | response K]`. β is the strength of
 the KL leash, ρ a token's log-ratio log π − log π_ref, ℓ = Σρ its sum over a response.
 
 Left out on purpose: how any of these is produced. Each producer is a module of its own.
@@ -37,6 +37,7 @@ ROW_SCHEMA = pa.schema(
         pa.field("trained", pa.list_(pa.list_(pa.bool_()))),  # K × [R_k]; null: all tokens are the policy's
         pa.field("token_rewards", pa.list_(pa.list_(pa.float32()))),  # K × [R_k]; null: the kind has no rewards
         pa.field("behaviour_logprobs", pa.list_(pa.float32())),  # K, null where not logged; null: nowhere
+        pa.field("step_ends", pa.list_(pa.list_(pa.int32()))),  # K × steps: last token of each; null: no trajectories
         pa.field("mismatched", pa.bool_(), nullable=False),  # the last response answers another prompt
     ]
 )
@@ -73,6 +74,7 @@ class Row:
     token_rewards: list[list[float]] | None = None  # K × [R_k]
     behaviour_logprobs: list[float | None] | None = None  # K
     mismatched: bool = False  # the last response answers another prompt
+    step_ends: list[list[int]] | None = None  # K × steps: the token with which each ends
 
     @property
     def tokens(self) -> int:
@@ -100,6 +102,9 @@ class Batch:
     ref_states: Tensor | None = None  # [N, D], in the order of response_mask's True places
     token_rewards: Tensor | None = None  # [B, K, R] float32; may stand on the environment's tokens, too
     behaviour_logprobs: Tensor | None = None  # [B, K] float32: log μ(response), nan where not logged
+    step_ends: Tensor | None = (
+        None  # [B, K, S] int64: index into R of the token that ends each step, −1 where there is none
+    )
     carried: Mapping[str, float] = field(default_factory=dict)  # `Needs.carried` metrics of the step before
 
     def to(self, device: torch.device | str) -> Batch:
@@ -124,6 +129,12 @@ class PolicyOut:
     values: Tensor | None = None  # [B, K, R] float32: V(s) of the state before the token, 0 where masked
     states: Tensor | None = None  # [N, D], detached: hidden states behind the N trained tokens, for a value head
     scores: Tensor | None = None  # [B, K] float32: a reward model's verdict (it has no log-probs: they are 0)
+    thoughts: Tensor | None = None  # [B, n, D] float32: latent thoughts between the prompt and its responses
+    question: Tensor | None = None  # [B, D] float32: what the prior made of the prompt's last token
+    steps: Tensor | None = (
+        None  # [B, S, D] float32: and of the tokens that end the best response's steps; 0 behind them
+    )
+    step_texts: Tensor | None = None  # [B, S, D] float32, detached: mean input embedding of each of these steps' tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +195,9 @@ class Needs:
     """Metrics whose global value in the step before comes back in `Batch.carried`."""
     model: Literal["policy", "reward"] = "policy"
     """A language model, or the same trunk with a scalar head that scores whole responses."""
+    latent: Literal["none", "thoughts", "steps"] = "none"
+    """Latent thoughts before the answer (config section `latent`); `steps`: also what the prior makes of the best
+    response's steps."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ COUNTED = (
     "repeated",
     "behaviour",
     "mismatched",
+    "stepped",
 )
 """Fields of `Summary` that add up over chunks."""
 CHUNK_BYTES = 4 * 2**20
@@ -67,6 +68,7 @@ class Summary:
     repeated: int  # responses that say the same as a better or an earlier one of their row
     behaviour: int  # rows whose responses all have log-probs under the policy that made them
     mismatched: int  # rows that got a response to another prompt
+    stepped: int  # rows whose best response has steps to choose from before its last one: three of the policy's or more
 
 
 class PrepareChunk:
@@ -134,6 +136,7 @@ def _row(raw: RawRecord, source_index: int, render: Renderer, tally: Counter[str
     tally["repeated"] += len(responses) - len(set(map(tuple, responses)))
     tally["environment_tokens"] += sum(response.count(False) for response in rendered.trained or ())
     tally["behaviour"] += logged is not None and None not in logged
+    tally["stepped"] += rendered.policy_steps > 2
     if rendered.token_rewards is not None:
         tally["rewarded"] += len(responses)
         tally["return"] += sum(map(sum, rendered.token_rewards))
@@ -148,6 +151,7 @@ def _row(raw: RawRecord, source_index: int, render: Renderer, tally: Counter[str
         "trained": rendered.trained,
         "token_rewards": rendered.token_rewards,
         "behaviour_logprobs": logged,
+        "step_ends": rendered.step_ends,
         "mismatched": False,
     }
 
@@ -171,7 +175,8 @@ def mismatch(rows: list[dict[str, Any]], max_length: int) -> int:
         response = first[other][: max_length - len(row["prompt_ids"])]
         row["response_ids"].append(response)
         row["mismatched"] = True
-        for column, filler in (("trained", [True] * len(response)), ("token_rewards", [0.0] * len(response))):
+        fillers = {"trained": [True] * len(response), "token_rewards": [0.0] * len(response), "step_ends": []}
+        for column, filler in fillers.items():
             if row[column] is not None:
                 row[column].append(filler)
         if row["behaviour_logprobs"] is not None:
@@ -203,7 +208,7 @@ def prepare(config: RunConfig, model: str, local: bool = False) -> Path:
     )
     tokenizer = load_tokenizer(model, config.model.trust_remote_code)
     contents = [train.fingerprint, held_out.fingerprint]
-    folder = cache / f"rows-{digest(3, contents, _shaping(config), tokenizer_identity(tokenizer))}"
+    folder = cache / f"rows-{digest(4, contents, _shaping(config), tokenizer_identity(tokenizer))}"
     if not is_finished(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _write(config, train.chunks + held_out.chunks, folder, model, local)

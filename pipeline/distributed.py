@@ -32,10 +32,10 @@ def process_group(config: RunConfig) -> Iterator[torch.device]:
 
 
 def threads(config: RunConfig) -> int:
-    """CPU threads of one worker: its share under Ray, the whole machine when it runs alone."""
+    """CPU threads of one worker: its share under Ray; alone OMP_NUM_THREADS, or the whole machine."""
     if dist.is_initialized():
         return max(1, int(config.scaling.cpus_per_worker))
-    return os.cpu_count() or 1
+    return int(os.environ.get("OMP_NUM_THREADS", "0")) or os.cpu_count() or 1
 
 
 def _device(config: RunConfig) -> torch.device:

@@ -28,6 +28,7 @@ from pipeline.pretrained import fingerprint, load_config, load_tokenizer, locate
 from pipeline.progress import METRICS_FILE, Monitor, read_metrics, tell
 from pipeline.reference_cost import states_folder
 from pipeline.rows import Rows
+from pipeline.thinker import assistant_of, check_steps, latent_identity, refuse_thoughts_under_kl
 from pipeline.tracking import Tracker, start, tracking_uri
 
 ERROR_FILE, RAY_FILE = "error.json", "ray.json"
@@ -83,9 +84,11 @@ def check_lengths(config: RunConfig, model: str) -> None:
     """Rows have to fit the model at `model`: its context and its vocabulary. Raises ConfigError."""
     text = load_config(model, config.model.trust_remote_code).get_text_config()
     context = getattr(text, "max_position_embeddings", None)
-    if context is not None and config.data.max_length > context:
+    thoughts = config.latent.n_latents if config.objective.needed().latent != "none" else 0
+    if context is not None and config.data.max_length + thoughts > context:
+        beside = f" and {thoughts} thoughts" if thoughts else ""
         raise ConfigError(
-            f"data.max_length: {config.data.max_length} exceeds the model's context of {context} tokens; lower it"
+            f"data.max_length: {config.data.max_length}{beside} exceeds the model's context of {context} tokens; lower it"
         )
     tokens = len(load_tokenizer(model, config.model.trust_remote_code))
     if tokens > text.vocab_size:
@@ -104,10 +107,13 @@ def prepare(config: RunConfig, local: bool = False, meanwhile: tuple[str, ...] =
         cluster.connect(config)
     check_lengths(config, model)
     frozen = locate(config.model.reference, cache, "model.reference") if config.model.reference else model
-    if frozen != model:
-        _check_vocabularies(config, model, frozen)
-    rows = data.prepare(config, model, local)
     needs = config.objective.needed()
+    if frozen != model:
+        _check_vocabularies(config, model, frozen, "model.reference")
+    refuse_thoughts_under_kl(needs, model, frozen)
+    if needs.latent != "none" and (assistant := assistant_of(config)) is not None:
+        _check_vocabularies(config, model, assistant, "latent.assistant")
+    rows = data.prepare(config, model, local)
     _check_rows(config, rows)
     states = states_folder(config, rows, frozen, local) if needs.kl != "none" else None
     asked = needs.reference != "none"
@@ -115,15 +121,15 @@ def prepare(config: RunConfig, local: bool = False, meanwhile: tuple[str, ...] =
     return Prepared(model, frozen, rows, scored if asked else None, states)
 
 
-def _check_vocabularies(config: RunConfig, model: str, frozen: str) -> None:
-    """Log-probs of one token mean the same to policy and reference only if it is the same token. Raises ConfigError."""
+def _check_vocabularies(config: RunConfig, model: str, other: str, key: str) -> None:
+    """Two models of one token mean the same only if it is the same token. Raises ConfigError about the `key` of the other."""
     trust = config.model.trust_remote_code
-    sizes = [load_config(path, trust).get_text_config().vocab_size for path in (model, frozen)]
-    tokenizers = [data.tokenizer_identity(load_tokenizer(path, trust)) for path in (model, frozen)]
+    sizes = [load_config(path, trust).get_text_config().vocab_size for path in (model, other)]
+    tokenizers = [data.tokenizer_identity(load_tokenizer(path, trust)) for path in (model, other)]
     if sizes[0] != sizes[1] or tokenizers[0] != tokenizers[1]:
         raise ConfigError(
-            f"model.reference: its tokenizer differs from the policy's (vocabularies of {sizes[1]} and {sizes[0]}); "
-            "name a reference with the same one"
+            f"{key}: its tokenizer differs from the policy's (vocabularies of {sizes[1]} and {sizes[0]}); "
+            f"name {'a reference' if key == 'model.reference' else 'a model'} with the same one"
         )
 
 
@@ -146,6 +152,8 @@ def _check_rows(config: RunConfig, folder: Path) -> None:
             "data.sources: %d rows have no response to another prompt beside them, all of one prompt?",
             found.rows - found.mismatched,
         )
+    if needs.latent == "steps" and found.stepped < found.rows:
+        check_steps(found.rows - found.stepped, found.rows)
     if needs.behaviour and found.behaviour < found.rows:
         raise ConfigError(
             f"objective.importance: {found.rows - found.behaviour} of {found.rows} rows have no log-probs of the policy that "
@@ -200,6 +208,7 @@ def open_run(config: RunConfig, prepared: Prepared) -> tuple[Path, str]:
         config.dump()["objective"],
         config.optimizer.model_dump(),
         *([config.critic.model_dump()] if config.objective.needed().critic else []),
+        *(latent_identity(config) if config.objective.needed().latent != "none" else []),
         config.train.model_dump(include={"epochs", "max_steps", "rows_per_step"}),
         config.seed,
     )

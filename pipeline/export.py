@@ -1,9 +1,10 @@
-"""A checkpoint as a folder that transformers loads, tokenizer included; a critic lies in a folder within."""
+"""A checkpoint as a folder that transformers loads, tokenizer included; critic and prior lie in folders within."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from pipeline import checkpoint
 from pipeline.config import ConfigError, RunConfig
 from pipeline.config_file import validate
 from pipeline.critic import CRITIC, load_critic, save_critic
-from pipeline.model import Policy
-from pipeline.pretrained import load_causal_lm, load_scorer, load_tokenizer, locate, precision
+from pipeline.model import Policy, load_policy
+from pipeline.pretrained import load_tokenizer, locate, precision
 from pipeline.rendering import Renderer
-from pipeline.reward import RewardNetwork
+from pipeline.reward import RewardNetwork, load_reward_network
+from pipeline.thinker import new_prior, save_prior
 
 
 def export(config: RunConfig, folder: Path, model: str, target: Path) -> Path:
@@ -31,9 +33,13 @@ def export(config: RunConfig, folder: Path, model: str, target: Path) -> Path:
     wanted = config.checkpoint.export_dtype
     dtype = precision(config.model.dtype if wanted == "auto" else wanted)
     needs, tokenizer = config.objective.needed(), load_tokenizer(model, config.model.trust_remote_code)
-    load = load_scorer if needs.model == "reward" else load_causal_lm
-    lm = load(model, torch.float32, config.model.attention, config.model.trust_remote_code)
-    network = RewardNetwork(lm, config.model) if needs.model == "reward" else Policy(lm, config.model.lora)
+    settings = config.model.model_copy(update={"dtype": "float32", "activation_checkpointing": False})
+    network: RewardNetwork | Policy
+    if needs.model == "reward":
+        network = load_reward_network(settings, model)
+    else:
+        own = replace(needs, kl="none")  # the reference stays where it is
+        network = load_policy(settings, model, own, new=new_prior(config))
     checkpoint.load_into(_trained(network), folder)
     lm = network.merged().to(dtype)
     if needs.model == "reward":
@@ -42,6 +48,8 @@ def export(config: RunConfig, folder: Path, model: str, target: Path) -> Path:
     shutil.rmtree(aside, ignore_errors=True)
     lm.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
+    if isinstance(network, Policy) and network.prior is not None:
+        save_prior(network.prior, lm, aside)
     if needs.critic:
         critic = load_critic(config, model, torch.float32)
         checkpoint.load_into(_trained(critic), folder, prefix="critic-")

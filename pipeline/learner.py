@@ -20,13 +20,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.config import RunConfig
+from pipeline.config import ConfigError, RunConfig
 from pipeline.contracts import Batch, PolicyOut, TermGroup
 from pipeline.critic import CRITIC, Critic, load_critic, load_trained_critic
 from pipeline.engine import Engine, lr_at
 from pipeline.model import Policy, load_policy
 from pipeline.pretrained import precision
 from pipeline.reward import RewardNetwork, load_reward_network
+from pipeline.thinker import new_prior
 
 
 def _nothing() -> None:
@@ -42,7 +43,7 @@ def load_networks(
     if needs.model == "reward":
         return load_reward_network(config.model, model), None
     head = needs.critic and config.critic.architecture == "head"
-    policy = load_policy(config.model, model, needs, frozen, head, cached)
+    policy = load_policy(config.model, model, needs, frozen, head, cached, new_prior(config))
     return policy, load_critic(config, model) if needs.critic else None
 
 
@@ -65,6 +66,10 @@ def load_trained(
     critic = load_trained_critic(config, Path(model) / CRITIC).to(device).eval() if needs.critic else None
     keep_states = critic is not None and critic.trunk is None
     policy = load_policy(settings, model, needs, frozen, keep_states).to(device).eval()
+    if needs.latent != "none" and policy.prior is None:
+        raise ConfigError(
+            f"checkpoint_from: {model} holds no prior, which this objective is evaluated with; name a run of it"
+        )
     policy.place(device)
     return partial(forward, policy, critic)
 
@@ -91,6 +96,7 @@ class Learner:
         self.rank: int = policy.rank
         self.device: torch.device = policy.device
         networks = [engine.module for engine in (policy, critic) if engine is not None]
+        self.places: int = getattr(policy.module, "places", 0)  # tokens that the policy puts into every row
         self.padded: bool = any(network.layout != "flat" for network in networks)
         self.beat: Callable[[], None] = _nothing
         """Called whenever some work is done: what a watchdog listens to."""

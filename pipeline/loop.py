@@ -248,7 +248,7 @@ def _my_batches(
 ) -> list[Batch]:
     """This rank's micro-batches of the chosen rows."""
     budget = config.train.tokens_per_micro_batch
-    dealt = micro_batches(chosen, rows.lengths, dist.get_world_size(), budget, learner.padded)
+    dealt = micro_batches(chosen, rows.lengths + learner.places, dist.get_world_size(), budget, learner.padded)
     return [replace(collate(rows.take(micro)), carried=carried).to(learner.device) for micro in dealt[dist.get_rank()]]
 
 

@@ -17,10 +17,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from pipeline import latent as thinking
 from pipeline.config import ConfigError, LoraSection, ModelConfig
 from pipeline.contracts import Batch, Needs, PolicyOut
 from pipeline.ops import token_statistics
 from pipeline.pretrained import load_causal_lm, precision
+from pipeline.thinker import NewPrior, prior_for
 from pipeline.trunk import PROBE, choose_layout, probe_batch, token_states
 
 
@@ -46,6 +48,8 @@ class Policy(nn.Module):
         frozen: the reference, or its `OutputHead` where its states are cached (`Batch.ref_states`). It is no submodule:
             neither trained, nor partitioned, nor saved.
         keep_states: fill `PolicyOut.states`, for a value head on this trunk.
+        prior: makes the thoughts that stand before every response, or None.
+        read_steps: fill `PolicyOut.steps` and `step_texts` as well.
     """
 
     def __init__(
@@ -55,6 +59,8 @@ class Policy(nn.Module):
         kl: Literal["none", "forward", "reverse"] = "none",
         frozen: nn.Module | None = None,
         keep_states: bool = False,
+        prior: thinking.Prior | None = None,
+        read_steps: bool = False,
     ) -> None:
         super().__init__()
         remove_dropout(lm)
@@ -62,7 +68,8 @@ class Policy(nn.Module):
         self.layout = choose_layout(lm)
         self.lm = lm
         self.kl: Literal["none", "forward", "reverse"] = kl
-        self.keep_states = keep_states
+        self.keep_states, self.read_steps = keep_states, read_steps
+        self.prior = prior
         self._adapter: Any = None
         if lora is not None:
             object.__setattr__(self, "_adapter", add_lora(lm, lora))  # not a submodule: parameters keep one name
@@ -75,7 +82,7 @@ class Policy(nn.Module):
 
     def forward(self, batch: Batch) -> PolicyOut:
         """Log-probs at every trained response token, and the KL to the reference there where asked for, [B, K, R] float32."""
-        states = token_states(self.lm, batch, self.layout)  # [N, D]
+        states, thoughts = self._states(batch)  # [N, D]
         ids = batch.response_ids[batch.response_mask]  # [N]
         vocabulary = self.lm.config.get_text_config().vocab_size
         reference = None if self.kl == "none" else (self._reference_states(batch), self._reference_logits)
@@ -84,7 +91,28 @@ class Policy(nn.Module):
             logprobs=unflatten(logprobs, batch.response_mask),
             kl=unflatten(kl, batch.response_mask) if kl is not None else None,
             states=states.detach() if self.keep_states else None,
+            **thoughts,
         )
+
+    @property
+    def places(self) -> int:
+        """Thoughts that stand in every row."""
+        return 0 if self.prior is None else self.prior.n_latents
+
+    def _states(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The states that predict the trained tokens, and what is known of latent thoughts, by its name in `PolicyOut`."""
+        if self.prior is None:
+            return token_states(self.lm, batch, self.layout), {}
+        embed = self.lm.get_input_embeddings()
+        reading = thinking.read(self.prior, embed, batch, self.places, self.read_steps)
+        rows = thinking.insert(batch, self.places)
+        read = thinking.embeddings(embed, rows.input_ids, reading.thoughts)
+        found = {"thoughts": reading.thoughts.float(), "question": reading.question.float()}
+        if reading.steps is not None and batch.step_ends is not None:
+            ends = batch.step_ends[:, 0]
+            found["steps"] = reading.steps.float() * (ends >= 0)[..., None]
+            found["step_texts"] = thinking.mean_texts(embed, thinking.Steps(batch.response_ids[:, 0], ends))
+        return token_states(self.lm, rows, self.layout, read), found
 
     def project(self, states: Tensor) -> Tensor:
         """[N, D] → logits [N, V], through the head *module*: under ZeRO-3 its weight exists only while it runs."""
@@ -132,11 +160,13 @@ def load_policy(
     frozen: str | Path | None = None,
     keep_states: bool = False,
     cached: bool = False,
+    new: NewPrior | None = None,
 ) -> Policy:
     """The policy of a run, from the folder or hub name that `pretrained.locate` gave.
 
     needs, frozen: what the objective asks of it, and the reference's weights, where that is an exact KL; `cached`: every
         batch will bring the reference's states, so that of the reference only the head is kept.
+    new: the prior to start with where the objective asks for thoughts and `path` holds none; one that is there comes along.
     """
 
     def load(source: str | Path) -> nn.Module:
@@ -148,7 +178,12 @@ def load_policy(
     reference = load(frozen).requires_grad_(False) if beside and frozen is not None else None
     if reference is not None and cached:
         reference = OutputHead(reference)
-    policy = Policy(load(path), config.lora, kl, reference, keep_states)
+    lm, new = load(path), new if needs is not None and needs.latent != "none" else None
+    prior = prior_for(lm, str(path), config, new)
+    if new is not None and new.latent.backbone == "frozen":
+        lm.requires_grad_(False)
+    steps = needs is not None and needs.latent == "steps"
+    policy = Policy(lm, config.lora, kl, reference, keep_states, prior, steps)
     if config.activation_checkpointing:
         policy.enable_activation_checkpointing()
     return policy

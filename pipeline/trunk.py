@@ -27,10 +27,14 @@ Layout = Literal["flat", "rows", "separate"]
 logger = logging.getLogger(__name__)
 
 
-def token_states(lm: nn.Module, batch: Batch, layout: Layout) -> Tensor:
-    """The states that predict the trained tokens, in the order of `batch.response_mask`'s True places. [N, D]"""
+def token_states(lm: nn.Module, batch: Batch, layout: Layout, embeddings: Tensor | None = None) -> Tensor:
+    """The states that predict the trained tokens, in the order of `batch.response_mask`'s True places. [N, D]
+
+    embeddings: what the model reads in place of the tokens, [B, T, D]; default: their own.
+    """
     b, k, r = batch.response_mask.nonzero(as_tuple=True)
-    return _states(lm, batch, b, k, batch.predictor[b, k, r], layout)
+    inputs = batch.input_ids if embeddings is None else embeddings
+    return _states(lm, batch, inputs, b, k, batch.predictor[b, k, r], layout)
 
 
 def final_states(lm: nn.Module, batch: Batch, layout: Layout) -> Tensor:
@@ -38,40 +42,41 @@ def final_states(lm: nn.Module, batch: Batch, layout: Layout) -> Tensor:
     b, k = batch.valid.nonzero(as_tuple=True)
     places = torch.arange(batch.segment.shape[1], device=batch.segment.device)
     last = torch.where(batch.segment[b] == k[:, None] + 1, places, -1).amax(-1)
-    return _states(lm, batch, b, k, last, layout)
+    return _states(lm, batch, batch.input_ids, b, k, last, layout)
 
 
-def _states(lm: nn.Module, batch: Batch, b: Tensor, k: Tensor, t: Tensor, layout: Layout) -> Tensor:
-    """The state at place t of packed row b, as response k sees it. All indices [N] → [N, D]"""
+def _states(lm: nn.Module, batch: Batch, inputs: Tensor, b: Tensor, k: Tensor, t: Tensor, layout: Layout) -> Tensor:
+    """The state at place t of packed row b, as response k sees it. Tokens or embeddings [B, T, …], indices [N] → [N, D]"""
     if layout == "flat":
-        return _flat_states(lm, batch, b, t)
+        return _flat_states(lm, batch, inputs, b, t)
     if layout == "rows":
-        return _run(lm, batch.input_ids, _masks(lm, _dense, batch), batch.position_ids)[b, t]
+        return _run(lm, inputs, _masks(lm, _dense, batch), batch.position_ids)[b, t]
     pairs = torch.stack([b, k], dim=-1).unique(dim=0)  # [M, 2]: the rows `[prompt | response k]`
     segment = batch.segment[pairs[:, 0]]
     own = (segment == 0) | (segment == pairs[:, 1:] + 1)  # [M, T]
-    rows = [ids[mask] for ids, mask in zip(batch.input_ids[pairs[:, 0]], own, strict=True)]
-    input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    live = torch.arange(input_ids.shape[1], device=input_ids.device)[None] < own.sum(-1, keepdim=True)
-    hidden = _run(lm, input_ids, live.long())
+    rows = [row[mask] for row, mask in zip(inputs[pairs[:, 0]], own, strict=True)]
+    apart = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    live = torch.arange(apart.shape[1], device=apart.device)[None] < own.sum(-1, keepdim=True)
+    hidden = _run(lm, apart, live.long())
     row_of = torch.full(batch.valid.shape, -1, device=b.device)
     row_of[pairs[:, 0], pairs[:, 1]] = torch.arange(len(pairs), device=b.device)
     row = row_of[b, k]
     return hidden[row, own.cumsum(-1)[row, t] - 1]
 
 
-def _flat_states(lm: nn.Module, batch: Batch, b: Tensor, t: Tensor) -> Tensor:
+def _flat_states(lm: nn.Module, batch: Batch, inputs: Tensor, b: Tensor, t: Tensor) -> Tensor:
     live = batch.segment >= 0
     form = _blocks if lm.config._attn_implementation == "flex_attention" else _groups
-    hidden = _run(lm, batch.input_ids[live][None], _masks(lm, form, batch), batch.position_ids[live][None])
+    hidden = _run(lm, inputs[live][None], _masks(lm, form, batch), batch.position_ids[live][None])
     place = live.flatten().cumsum(0).view(live.shape) - 1  # of a row's token among all
     return hidden[0].index_select(0, place[b, t])
 
 
-def _run(lm: nn.Module, input_ids: Tensor, mask: Any, position_ids: Tensor | None = None) -> Tensor:
-    """The last hidden states [B, T, D]."""
+def _run(lm: nn.Module, inputs: Tensor, mask: Any, position_ids: Tensor | None = None) -> Tensor:
+    """The last hidden states [B, T, D] behind tokens [B, T] or embeddings [B, T, D]."""
     at = {} if position_ids is None else {"position_ids": position_ids}
-    return lm.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False, **at).last_hidden_state
+    read = {"input_ids" if inputs.dim() == 2 else "inputs_embeds": inputs}
+    return lm.base_model(**read, attention_mask=mask, use_cache=False, **at).last_hidden_state
 
 
 # --------------------------------------------------------------------------------------------------- masks
@@ -133,6 +138,21 @@ def probe_batch(lm: nn.Module, rows: Sequence[Row] = PROBE) -> Batch:
         return [i % size for i in ids]
 
     return collate([Row(r.row_id, within(r.prompt_ids), list(map(within, r.response_ids))) for r in rows]).to(lm.device)
+
+
+def refuses_embeddings(lm: nn.Module) -> str | None:
+    """Why this model cannot read embeddings in place of tokens, or None: both give the same states."""
+    batch, was_training = probe_batch(lm), lm.training
+    lm.eval()
+    try:
+        with torch.no_grad():
+            read = token_states(lm, batch, "separate", lm.get_input_embeddings()(batch.input_ids))
+            gap = (read - token_states(lm, batch, "separate")).abs().max().float()
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
+        return " ".join(str(error).split())[:200]
+    finally:
+        lm.train(was_training)
+    return None if gap <= (1e-3 if lm.dtype == torch.float32 else 0.05) else "they change what it computes"
 
 
 def choose_layout(lm: nn.Module) -> Layout:

@@ -13,7 +13,9 @@ from pipeline.contracts import Batch, Needs, Objective, PolicyOut
 
 VOCABULARY = 17
 LOGPROB, KL, VALUE, SCORE = range(4)
-"""Channels of `make_raw`."""
+"""Channels of `make_raw`. Thoughts and what a prior makes of steps grow from the scores of the first response."""
+THOUGHTS, STEPS, WIDTH = 3, 4, 6
+"""n, S and D of latent outputs."""
 
 LENGTHS = {
     "demonstration": [[3], [1], [5], [2]],
@@ -84,12 +86,16 @@ def as_trajectories(batch: Batch, seed: int = 3) -> Batch:
     rng = torch.Generator().manual_seed(seed)
     inside, reference = batch.response_mask, batch.ref_logprobs
     assert reference is not None
+    tokens = inside.sum(-1, keepdim=True)  # [B, K, 1]
+    ends = torch.tensor([0, 2, 3, 5])  # the policy's tokens, all of them
+    ends = torch.where(ends < tokens, ends, -1)
     mask = inside & (torch.arange(inside.shape[-1]) % 3 != 1)
     return replace(
         batch,
         response_mask=mask,
         ref_logprobs=reference * mask,
         token_rewards=torch.randn(inside.shape, generator=rng) * inside,
+        step_ends=ends,
         behaviour_logprobs=torch.where(batch.valid, -3 * torch.rand(batch.valid.shape, generator=rng), torch.nan),
     )
 
@@ -119,7 +125,20 @@ def as_out(raw: Tensor, batch: Batch, needs: Needs | None = None) -> PolicyOut:
         scores = raw[:, :, 0, SCORE].masked_fill(~batch.valid, 0.0)
         return PolicyOut(torch.zeros(masked.shape), scores=scores)
     logprobs, kl, values = (raw[..., channel].masked_fill(masked, 0.0) for channel in (LOGPROB, KL, VALUE))
-    return PolicyOut(logprobs, kl if needs.kl != "none" else None, values if needs.critic else None)
+    latent = as_latent(raw[:, 0, 0, SCORE], needs) if needs.latent != "none" else {}
+    return PolicyOut(logprobs, kl if needs.kl != "none" else None, values if needs.critic else None, **latent)
+
+
+def as_latent(size: Tensor, needs: Needs) -> dict[str, Tensor]:
+    """Latent outputs that grow with one number per row, [B]; the same directions for every row."""
+    rng = torch.Generator().manual_seed(8)
+    named = {"thoughts": (THOUGHTS, WIDTH), "question": (WIDTH,)}
+    named |= {"steps": (STEPS, WIDTH), "step_texts": (STEPS, WIDTH)} if needs.latent == "steps" else {}
+    found = {}
+    for name, shape in named.items():
+        base, slope = torch.randn(2, *shape, generator=rng)
+        found[name] = base + slope * size.view(-1, *[1] * len(shape)) / 3
+    return found | ({"step_texts": found["step_texts"].detach()} if "step_texts" in found else {})
 
 
 def loss_of(objective: Objective, out: PolicyOut, batch: Batch) -> Tensor:
@@ -150,7 +169,8 @@ def padded(batch: Batch, responses: int, tokens: int) -> Batch:
         "token_rewards",
         "behaviour_logprobs",
     )
-    return replace(batch, **{name: wide(getattr(batch, name)) for name in names})
+    ends = None if batch.step_ends is None else pad(batch.step_ends, (0, 0, 0, responses), value=-1)
+    return replace(batch, step_ends=ends, **{name: wide(getattr(batch, name)) for name in names})
 
 
 def with_ratios(log_ratios: Sequence[Sequence[float]]) -> tuple[Batch, Tensor]:

@@ -251,7 +251,7 @@ def test_whatever_is_wrong_is_a_config_error(mutations):
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_dump_round_trips_through_json(name):
     plain = changed("objective", {"name": name})
-    plain["data"]["kind"] = min(OBJECTIVES[name].needs.records)
+    plain["data"]["kind"] = min(OBJECTIVES[name]().needed().records)
     loaded = validate(plain)
     dumped = json.loads(json.dumps(loaded.dump(), allow_nan=False))
     assert validate(dumped) == loaded

@@ -280,6 +280,7 @@ def test_partners_are_the_next_of_another_prompt(prompts: list[int]) -> None:
             "token_rewards": None,
             "behaviour_logprobs": None,
             "mismatched": False,
+            "step_ends": None,
         }
         for i, prompt in enumerate(prompts)
     ]

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 
 def shipped(name: str, tiny_model: Path, storage: Path, *overrides: str) -> RunConfig:
     """jobs/configs/<name>.yaml on the tiny model, which has a token per byte."""
-    tiny = (f"model.path={tiny_model}", f"storage={storage}", "model.dtype=float32", "data.max_length=512")
+    tiny = (f"model.path={tiny_model}", f"storage={storage}", "model.dtype=float32", "data.max_length=500")
     short = ("train.max_steps=4", "checkpoint.every=2", "tracking.enabled=false")
     return load(ROOT / "jobs" / "configs" / f"{name}.yaml", [*tiny, *short, *overrides])
 
@@ -77,7 +77,7 @@ def test_it_trains_resumes_to_the_bit_and_is_evaluated(
     assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
 
     capfd.readouterr()
-    tiny = [f"model.path={tiny_model}", f"storage={tmp_path / 'whole'}", "model.dtype=float32", "data.max_length=512"]
+    tiny = [f"model.path={tiny_model}", f"storage={tmp_path / 'whole'}", "model.dtype=float32", "data.max_length=500"]
     short = ["train.max_steps=4", "tracking.enabled=false"]
     assert main(["eval", f"jobs/configs/{name}.yaml", "--local", *tiny, *short]) == 0
     told = capfd.readouterr().out

@@ -33,12 +33,15 @@ STEPS = 2
 SETTINGS: dict[str, dict[str, Any]] = {
     "dpo": {"nll_weight": 0.5},
     "dqo": {"beta": 0.5, "lam": 0.7, "importance": "behaviour"},
+    "lta": {"nll_weight": 0.5, "align_weight": 5.0},
     "oreo": {"beta": 0.5, "kl_weight": 0.3},
     "reward_model": {"center_weight": 0.1},
     "tdpo": {"beta": 0.5},
 }
 """Settings under which every term of an objective's loss counts."""
-BY_KIND: dict[tuple[str, str], dict[str, Any]] = {("rejection_sft", "unpaired"): {"min_reward": 0.0}}
+BY_KIND: dict[tuple[str, str], dict[str, Any]] = {("rejection_sft", "unpaired"): {"min_reward": 0.0}} | {
+    ("lta", kind): {"focus_weight": 0.0} for kind in ("demonstration", "preference", "ranking")
+}
 """Settings that a kind of data asks for."""
 
 
@@ -63,7 +66,7 @@ def rows_of(kind: RecordKind) -> list[Row]:
         "preference": [[5, 2], [1, 7], [4, 4], [6, 3]],
         "ranking": [[5, 2, 3], [1, 7], [4, 4, 2, 6], [6, 3]],
         "unpaired": [[5, 2], [1, 7], [4, 4], [6, 3]],
-        "trajectory": [[5, 2, 3], [7], [4, 4, 2, 6], [6, 3]],
+        "trajectory": [[5, 2, 3], [7], [6, 4, 2, 6], [6, 3]],
     }[kind]
 
     def numbers(n: int, scale: float) -> list[float]:
@@ -87,6 +90,7 @@ def rows_of(kind: RecordKind) -> list[Row]:
                 token_rewards=rewards if rewarded else None,
                 behaviour_logprobs=numbers(len(row), -9.0) if trajectory else None,
                 mismatched=kind == "unpaired",
+                step_ends=[[*range(0, n - 1, 2), n - 1] for n in row] if trajectory else None,
             )
         )
     return rows

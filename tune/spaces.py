@@ -221,6 +221,8 @@ def _default(key: str, config: RunConfig) -> Choice | Interval:
         "objective.beta": Range(low=0.01, high=1.0, log=True),
         "objective.lam": Range(low=0.0, high=1.0),
         "objective.alpha": Range(low=0.1, high=0.9),
+        **{f"objective.{name}_weight": Range(low=0.1, high=1.0, log=True) for name in ("nll", "align", "focus")},
+        "latent.n_latents": Range(low=1, high=8, integer=True, points=8),
     }
     if key not in ranges:
         known = ", ".join([*rates, *ranges, "objective.divergence", "objective"])

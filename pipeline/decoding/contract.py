@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import ConfigError, DecodingConfig, SamplingConfig
+from pipeline.thinker import with_places
 
 Role = Literal["policy", "reference", "baseline", "base", "scorer", "baseline_scorer"]
 """policy: the aligned model that is decoded from. reference: the model it was aligned from (SFT). baseline: a model already
@@ -56,6 +57,7 @@ class Tools:
     models: Mapping[str, nn.Module]  # by role
     scorers: Mapping[str, Score] = field(default_factory=dict)  # by role
     beta: float | None = None  # strength of the leash that the baseline was aligned with
+    answer: Callable[[Sequence[int]], str | None] | None = None  # what a response's answer is, where it has one
     progress: Callable[[int], None] | None = None  # is told the number of completions after each batch
 
     def model(self, role: str) -> nn.Module:
@@ -100,8 +102,9 @@ def check_lengths(model: nn.Module, prompts: Sequence[Prompt], new_tokens: int) 
 
 
 def context_of(model: nn.Module) -> int | None:
-    """Positions that the model knows; None: no bound."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """Positions that the model knows, less those of its thoughts; None: no bound."""
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if known is None else known - len(with_places(model, []))
 
 
 def unusable(ids: Sequence[int], context: int | None, new_tokens: int) -> str | None:

@@ -15,7 +15,8 @@ from pipeline.config import ConfigError, RunConfig
 from pipeline.decoding.contract import Role
 from pipeline.evaluation.scorers import judge_for
 from pipeline.export import weights_of
-from pipeline.pretrained import load_causal_lm, load_config, load_tokenizer, precision
+from pipeline.pretrained import load_config, load_tokenizer, precision
+from pipeline.thinker import load_thinker
 
 KEYS: dict[Role, str] = {
     "policy": "checkpoint_from",
@@ -88,8 +89,6 @@ def load_models(config: RunConfig, paths: Mapping[str, str], device: torch.devic
     options, loaded = config.model, {}
     for role, path in paths.items():
         if path not in loaded:
-            found = load_causal_lm(
-                path, precision(options.dtype), options.unpacked_attention, options.trust_remote_code, KEYS[role]
-            )
+            found = load_thinker(path, precision(options.dtype), options, config.sampling, KEYS[role])
             loaded[path] = found.to(device).eval()
     return {role: loaded[path] for role, path in paths.items()}

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pipeline.columns import column
+from pipeline.columns import answer_of, column
 from pipeline.config import ConfigError, RunConfig
 from pipeline.config_file import validate
 from pipeline.decoding import DECODERS
@@ -120,6 +120,7 @@ class DecodePiece:
             self.models,
             dict(self.scorers),
             beta=options.decoding.beta or getattr(options.objective, "beta", None),
+            answer=self._answer,
         )
 
     def __call__(self, item: Item) -> Item:
@@ -216,6 +217,9 @@ class DecodePiece:
 
     def _text(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _answer(self, ids: Sequence[int]) -> str | None:
+        return answer_of(self._text(ids), self.config.evaluation.answer_pattern)
 
     def _other_logprobs(
         self, prompts: list[Prompt], found: list[Completion]

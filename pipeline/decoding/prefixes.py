@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from pipeline.decoding.cache import forked, new_cache
+from pipeline.thinker import with_places
 
 
 class Prefixes:
@@ -27,9 +28,19 @@ class Prefixes:
         self._position = mask.sum(-1)  # [A] of the next token
 
     @classmethod
-    def of(cls, model: nn.Module, prompts: Sequence[Sequence[int]], pad_id: int) -> Prefixes:
-        """Run the prompts [P] through the model. Raises ValueError for a model that yields no numbers."""
+    def of(
+        cls,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        pad_id: int,
+        streams: Sequence[torch.Generator] | None = None,
+    ) -> Prefixes:
+        """Run the prompts [P] through the model. Raises ValueError for a model that yields no numbers.
+
+        streams: one per prompt, for thoughts that are sampled.
+        """
         device = next(model.parameters()).device
+        prompts = [with_places(model, prompt) for prompt in prompts]
         width = max(map(len, prompts))
         padded = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
@@ -41,6 +52,7 @@ class Prefixes:
             past_key_values=cache,
             use_cache=True,
             **last_logits_only(model),
+            **({} if streams is None else {"streams": streams}),
         )
         return cls(model, cache, _wide(out.logits), mask)
 

@@ -10,6 +10,7 @@ from torch import nn
 from pipeline.decoding.contract import Prompt
 from pipeline.decoding.prefixes import last_logits_only
 from pipeline.ops import LOGIT_CHUNK_BYTES
+from pipeline.thinker import with_places
 
 
 @torch.inference_mode()
@@ -24,7 +25,8 @@ def token_logprobs(
     size = max(1, LOGIT_CHUNK_BYTES // (4 * vocabulary * (longest + 1)))
     for start in range(0, len(order), size):
         places = order[start : start + size]
-        rows = _batch(model, [[*prompts[i].ids, *responses[i]] for i in places], longest + 1, pad_id)
+        sequences = [[*with_places(model, prompts[i].ids), *responses[i]] for i in places]
+        rows = _batch(model, sequences, longest + 1, pad_id)
         for i, row in zip(places, rows, strict=True):
             found[i] = row[len(row) - len(responses[i]) :].tolist()
     return found

@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline.decoding.choice import Filters, next_tokens, stream
 from pipeline.decoding.contract import Completion, Prompt, Tools, check_lengths, portions
 from pipeline.decoding.prefixes import Prefixes
+from pipeline.thinker import Thinker
 
 
 def sample(tools: Tools, prompts: Sequence[Prompt]) -> list[Completion]:
@@ -35,12 +36,23 @@ def draw(tools: Tools, prompts: Sequence[Prompt], copies: int) -> dict[tuple[int
     for start in range(0, len(draws), settings.batch_size):
         batch = draws[start : start + settings.batch_size]
         with torch.inference_mode():
-            prefixes = begin(model, [prompts[p].ids for p, _ in batch], tools.pad_id)
+            prefixes = begin(model, [prompts[p].ids for p, _ in batch], tools.pad_id, _thoughts(tools, prompts, batch))
             streams = [stream(settings.seed, prompts[p].key, i, prefixes.device) for p, i in batch]
             found = continue_to_end(prefixes, settings.max_new_tokens, filters_of(tools), tools.stop_ids, streams)
         done.update((name, Completion(ids, logprobs)) for name, (ids, logprobs) in zip(batch, found, strict=True))
         tools.told(len(batch))
     return done
+
+
+def _thoughts(
+    tools: Tools, prompts: Sequence[Prompt], batch: Sequence[tuple[int, int]]
+) -> list[torch.Generator] | None:
+    """Streams of the thoughts of each completion, where they are sampled: they take nothing from those of its tokens."""
+    model, seed = tools.model("policy"), tools.sampling.seed
+    if not isinstance(model, Thinker) or not model.noise:
+        return None
+    device = next(model.parameters()).device
+    return [stream(seed, prompts[p].key, i, device, "thoughts") for p, i in batch]
 
 
 def filters_of(tools: Tools) -> Filters:
@@ -49,8 +61,15 @@ def filters_of(tools: Tools) -> Filters:
     return Filters(settings.temperature, settings.top_k, settings.top_p, tools.decoding.min_p, settings.min_new_tokens)
 
 
-def begin(model: torch.nn.Module, prompts: Sequence[Sequence[int]], pad_id: int) -> Prefixes:
-    """One row per prompt; equal neighbours (copies of one prompt) run through the model once."""
+def begin(
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    pad_id: int,
+    streams: Sequence[torch.Generator] | None = None,
+) -> Prefixes:
+    """One row per prompt; equal neighbours (copies of one prompt) run through the model once, unless thoughts differ."""
+    if streams is not None:
+        return Prefixes.of(model, prompts, pad_id, streams)
     distinct: list[Sequence[int]] = []
     rows = []
     for prompt in prompts:

@@ -15,8 +15,9 @@ import torch
 from pipeline.config import DecodingConfig, ModelConfig, SamplingConfig
 from pipeline.decoding.contract import Prompt, Tools
 from pipeline.decoding.sampling import sample
-from pipeline.pretrained import load_causal_lm, load_tokenizer, precision
+from pipeline.pretrained import load_tokenizer, precision
 from pipeline.stage import Item, Resources, run_stage
+from pipeline.thinker import load_thinker
 
 
 class Decoded(TypedDict):
@@ -37,9 +38,9 @@ class DecodePrompts:
     ) -> None:
         options = ModelConfig.model_validate(config)
         self.tokenizer = load_tokenizer(model, options.trust_remote_code)
-        loaded = load_causal_lm(model, precision(options.dtype), options.unpacked_attention, options.trust_remote_code)
-        policy = loaded.to(torch.device("cuda" if gpu else "cpu"))
         sampling = SamplingConfig.model_validate(settings)
+        loaded = load_thinker(model, precision(options.dtype), options, sampling)
+        policy = loaded.to(torch.device("cuda" if gpu else "cpu"))
         self.tools = Tools(sampling, DecodingConfig(), stop_ids, pad_of(self.tokenizer), {"policy": policy})
 
     def __call__(self, item: Item) -> Item:

@@ -23,6 +23,7 @@ from pipeline.durable import write_json
 from pipeline.pretrained import fingerprint, load_config, locate, precision
 from pipeline.rows import Rows
 from pipeline.sources import plan
+from pipeline.thinker import check_thoughts
 
 _MEANING: dict[str, set[str]] = {
     "sampling": {"output", "batch_size"},
@@ -85,6 +86,7 @@ def plan_task(config: RunConfig, local: bool) -> DecodingTask:
     world = _world(config, local)
     roles: set[Role] = (set(decoder.needs) - {"scorer"}) | set(config.decoding.logprobs)
     found = weights(config, roles, world.policy, world.reference, world.tokenizer)
+    check_thoughts(config.sampling, list(found.values()))
     for role, path in found.items():
         text = load_config(path, config.model.trust_remote_code, KEYS[role]).get_text_config()
         check_room(config, getattr(text, "max_position_embeddings", None))

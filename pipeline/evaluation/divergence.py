@@ -18,15 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import ModelConfig, RunConfig
+from pipeline.config import ModelConfig, RunConfig, SamplingConfig
 from pipeline.decoding.prefixes import last_logits_only
 from pipeline.evaluation.estimates import mean, ratio
 from pipeline.evaluation.findings import Findings
 from pipeline.evaluation.held_out import resources
 from pipeline.evaluation.results import Metric
 from pipeline.ops import LOGIT_CHUNK_BYTES
-from pipeline.pretrained import load_causal_lm, precision
+from pipeline.pretrained import precision
 from pipeline.stage import Item, run_stage
+from pipeline.thinker import load_thinker, with_places
 
 if TYPE_CHECKING:
     from pipeline.evaluation.samples import Samples
@@ -76,19 +77,24 @@ def sequence_kl(
     result = SequenceKL(*torch.zeros(3, len(prompts), dtype=torch.float64))
     device = next(policy.parameters()).device
     for places in _batches([len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], batch_tokens):
-        batch = _padded([prompts[i] for i in places], [completions[i] for i in places], device)
-        for whole, part in zip(result, _batch_kl(policy, reference, batch, sizes[0]), strict=True):
+        said = [completions[i] for i in places]
+        batches = [
+            _padded([with_places(model, prompts[i]) for i in places], said, device) for model in (policy, reference)
+        ]
+        for whole, part in zip(result, _batch_kl(policy, reference, *batches, sizes[0]), strict=True):
             whole[places] = part.cpu()
     return result
 
 
-def _batch_kl(policy: torch.nn.Module, reference: torch.nn.Module, batch: _Batch, vocabulary: int) -> SequenceKL:
-    """The estimates for a batch, [B] float64 each."""
+def _batch_kl(
+    policy: torch.nn.Module, reference: torch.nn.Module, batch: _Batch, its: _Batch, vocabulary: int
+) -> SequenceKL:
+    """The estimates for a batch, [B] float64 each; `its`: the same responses as the reference reads them."""
     rows = len(batch.input_ids)
     exact, sampled, entropy = torch.zeros(3, rows, dtype=torch.float64, device=batch.mask.device)
     width = max(1, LOGIT_CHUNK_BYTES // (4 * vocabulary * rows))
     column = batch.prompt_width
-    for ours, theirs in zip(_logits(policy, batch, width), _logits(reference, batch, width), strict=True):
+    for ours, theirs in zip(_logits(policy, batch, width), _logits(reference, its, width), strict=True):
         log_pi, log_ref = ours.float().log_softmax(-1), theirs.float().log_softmax(-1)
         span = slice(column, column + ours.shape[1])
         ids, valid = batch.input_ids[:, span], batch.mask[:, span].bool()
@@ -173,12 +179,13 @@ class Passes:
 class MeasureKL:
     """The actor: samples of a model → estimates against the other one."""
 
-    def __init__(self, sampler: str, other: str, config: dict[str, Any], budget: int, gpu: bool) -> None:
+    def __init__(
+        self, sampler: str, other: str, config: dict[str, Any], n_latents: int | None, budget: int, gpu: bool
+    ) -> None:
         own = ModelConfig.model_validate(config)
         place, dtype = "cuda" if gpu else "cpu", precision(own.dtype)
         models = [
-            load_causal_lm(p, dtype, own.unpacked_attention, own.trust_remote_code).to(place).eval()
-            for p in (sampler, other)
+            load_thinker(p, dtype, own, SamplingConfig(n_latents=n_latents)).to(place).eval() for p in (sampler, other)
         ]
         self.sampler, self.other, self.budget = models[0], models[1], budget
 
@@ -198,6 +205,7 @@ def measure_passes(config: RunConfig, sampler: str, other: str, samples: Samples
         "sampler": sampler,
         "other": other,
         "config": config.model.model_dump(mode="json"),
+        "n_latents": config.sampling.n_latents,
         "budget": config.train.tokens_per_micro_batch,
         "gpu": config.scaling.gpus_per_worker > 0,
     }
@@ -213,9 +221,10 @@ def measure_passes(config: RunConfig, sampler: str, other: str, samples: Samples
 
 
 def samples_its_own_distribution(config: RunConfig) -> bool:
-    """Whether sampling is at temperature 1 and unfiltered: of other samples the estimates would be no KL."""
+    """Whether sampling is at temperature 1 and unfiltered, its thoughts the prior's own: of other samples the estimates
+    would be no KL."""
     s = config.sampling
-    return s.temperature == 1.0 and not s.top_k and s.top_p == 1.0 and not s.min_new_tokens
+    return s.temperature == 1.0 and not s.top_k and s.top_p == 1.0 and not s.min_new_tokens and not s.thought_noise
 
 
 # ---------------------------------------------------------------------------------------------- evaluator

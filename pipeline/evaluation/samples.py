@@ -24,7 +24,17 @@ from pipeline.pretrained import fingerprint, precision
 
 __all__ = ["Samples", "draw", "kl_to_reference"]
 
-_MEANING = ("max_new_tokens", "min_new_tokens", "temperature", "top_k", "top_p", "per_prompt", "seed")
+_MEANING = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "per_prompt",
+    "seed",
+    "n_latents",
+    "thought_noise",
+)
 """Sampling settings that change what is sampled; the batch size doesn't."""
 
 

@@ -11,6 +11,7 @@ from pipeline.objectives.dro import Dro
 from pipeline.objectives.f_dpo import FDpo
 from pipeline.objectives.ipo import Ipo
 from pipeline.objectives.kto import Kto
+from pipeline.objectives.lta import Lta
 from pipeline.objectives.oreo import Oreo
 from pipeline.objectives.orpo import Orpo
 from pipeline.objectives.plackett_luce import PlackettLuce
@@ -36,6 +37,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dro": Dro,
     "dqo": Dqo,
     "oreo": Oreo,
+    "lta": Lta,
     "reward_model": RewardModel,
 }
 

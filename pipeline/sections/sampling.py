@@ -26,6 +26,10 @@ class SamplingConfig(Section):
     batch_size: Count = 64
     """Sequences decoded at a time on one actor."""
     seed: int = 0
+    n_latents: Annotated[int, Field(ge=0)] | None = None
+    """Latent thoughts of models that have them; 0 = none; default: as many as in training."""
+    thought_noise: Annotated[float, Field(ge=0)] = 0.0
+    """sampling, best_of_n, vote: each completion's thoughts are drawn around the prior's, this share of their size apart."""
     prompts: Source | None = None
     """Where prompts come from (column `prompt`); default: the held-out rows of `data`."""
     limit: Count | None = None
@@ -47,16 +51,16 @@ class DecodingConfig(Section):
     """How `jobs.decode` finds completions. Lengths, temperature, filters, seed, prompts and scorer are those of `sampling`."""
 
     method: Name = "sampling"
-    """One of `pipeline.decoding.DECODERS`: sampling, beam, best_of_n, args, controlled, transfer_q, proxy."""
+    """One of `pipeline.decoding.DECODERS`: sampling, beam, best_of_n, vote, args, controlled, transfer_q, proxy."""
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """sampling, best_of_n, proxy: leave out tokens less likely than this share of the likeliest."""
+    """sampling, best_of_n, vote, proxy: leave out tokens less likely than this share of the likeliest."""
     beams: Count = 4
     length_penalty: float = 1.0
     """beam: a response of n tokens scores Σ log π / n^length_penalty."""
     early_stopping: bool | Literal["never"] = False
     """beam: when a prompt with enough finished responses is done; as in transformers."""
     n: Count = 8
-    """best_of_n: samples per completion."""
+    """best_of_n, vote: samples per completion."""
     candidates: Count = 10
     """args, controlled, transfer_q: likeliest tokens of the reference that are looked at."""
     alpha: Positive = 1.0

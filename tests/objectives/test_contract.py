@@ -14,6 +14,7 @@ from pipeline.objectives.dpo import Dpo
 from pipeline.objectives.dqo import Dqo
 from pipeline.objectives.f_dpo import FDpo
 from pipeline.objectives.ipo import Ipo
+from pipeline.objectives.lta import Lta
 from pipeline.objectives.oreo import Oreo
 from pipeline.objectives.rejection_sft import RejectionSft
 from pipeline.objectives.reward_model import RewardModel
@@ -34,6 +35,9 @@ VARIANTS = [
     Dqo(lam=0.7, importance="behaviour"),
     Dqo(lam=0.0, q_target="value", importance="reference"),
     Oreo(kl_weight=0.0),
+    Lta(focus_weight=0.0, alignment="mean"),
+    Lta(align_weight=0.0, anchor="thoughts"),
+    Lta(nll_weight=0.0),
     RewardModel(center_weight=0.1),
 ]
 CASES = [
@@ -176,8 +180,9 @@ class TestContract:
             elif objective.needed().model == "reward":
                 assert moved == {SCORE}, name
             else:
+                latent = {SCORE} if objective.needed().latent != "none" else set()  # what thoughts grow from
                 assert moved, name
-                assert moved <= {LOGPROB, KL}, name
+                assert moved <= {LOGPROB, KL} | latent, name
 
     def test_padding_changes_nothing(self, objective, kind):
         tight = batch_of(kind)
