@@ -61,7 +61,8 @@ def train(
             if learner.rank == 0:
                 save.mkdir(parents=True)
             dist.barrier()
-            learner.save(save)
+            for name, tensors in learner.parts(copied=False):
+                checkpoint.write_tensors(save / name, tensors)
             if learner.rank == 0:
                 (save / "state.json").write_text(json.dumps({"step": SAVED, "updates": learner.updates()}))
             dist.barrier()
