@@ -75,9 +75,6 @@ def test_a_prior_comes_back_with_its_backbone(thoughtful: Path) -> None:
     embed = lm.get_input_embeddings()
     assert torch.equal(one(embed, prompt, 4).thoughts, two(embed, prompt, 4).thoughts)
     fresh = start_prior(lm, MODEL, NewPrior(LatentConfig(n_latents=4), seed=1))
-    torch.testing.assert_close(
-        one(embed, prompt, 4).thoughts, 8 * fresh(embed, prompt, 4).thoughts * 0 + one(embed, prompt, 4).thoughts
-    )
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), fresh.parameters(), strict=True))
 
 
@@ -93,7 +90,7 @@ def test_an_assistant_lies_in_the_same_folder(tiny_model: Path, tmp_path: Path) 
     made = [p(lm.get_input_embeddings(), prompt, 2).thoughts for p in (prior, back)]
     assert torch.equal(*made)
     more = back(lm.get_input_embeddings(), prompt, 5).thoughts
-    torch.testing.assert_close(more[:, :2], made[0]), "an assistant has as many placeholders as tokens"
+    torch.testing.assert_close(more[:, :2], made[0])  # an assistant has as many placeholders as tokens
 
 
 def test_identity_is_the_weights_whatever_their_precision(tiny_model: Path, tmp_path: Path) -> None:
