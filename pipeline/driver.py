@@ -29,7 +29,7 @@ from pipeline.progress import ERROR_FILE, METRICS_FILE, RAY_FILE, Monitor, read_
 from pipeline.redaction import redact, redacted
 from pipeline.reference_cost import states_folder
 from pipeline.rows import Rows
-from pipeline.thinker import assistant_of, check_steps, latent_identity
+from pipeline.thinker import assistant_of, check_steps, latent_identity, refuse_thoughts_under_kl
 from pipeline.tracking import Tracker, start, tracking_uri
 
 logger = logging.getLogger(__name__)
@@ -110,6 +110,7 @@ def prepare(config: RunConfig, local: bool = False, meanwhile: tuple[str, ...] =
     needs = config.objective.needed()
     if frozen != model:
         _check_vocabularies(config, model, frozen, "model.reference")
+    refuse_thoughts_under_kl(needs, model, frozen)
     if needs.latent != "none" and (assistant := assistant_of(config)) is not None:
         _check_vocabularies(config, model, assistant, "latent.assistant")
     rows = data.prepare(config, model, local)

@@ -19,7 +19,7 @@ from pipeline.model import Policy, load_policy
 from pipeline.pretrained import load_tokenizer, locate, precision
 from pipeline.rendering import Renderer
 from pipeline.reward import RewardNetwork, load_reward_network
-from pipeline.thinker import assistant_of, save_prior
+from pipeline.thinker import new_prior, save_prior
 
 
 def export(config: RunConfig, folder: Path, model: str, target: Path) -> Path:
@@ -39,7 +39,7 @@ def export(config: RunConfig, folder: Path, model: str, target: Path) -> Path:
         network = load_reward_network(settings, model)
     else:
         own = replace(needs, kl="none")  # the reference stays where it is
-        network = load_policy(settings, model, own, latent=config.latent, assistant=assistant_of(config))
+        network = load_policy(settings, model, own, new=new_prior(config))
     checkpoint.load_into(_trained(network), folder)
     lm = network.merged().to(dtype)
     if needs.model == "reward":

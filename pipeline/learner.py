@@ -27,7 +27,7 @@ from pipeline.engine import Engine, lr_at
 from pipeline.model import Policy, load_policy
 from pipeline.pretrained import precision
 from pipeline.reward import RewardNetwork, load_reward_network
-from pipeline.thinker import assistant_of
+from pipeline.thinker import new_prior
 
 
 def _nothing() -> None:
@@ -43,8 +43,7 @@ def load_networks(
     if needs.model == "reward":
         return load_reward_network(config.model, model), None
     head = needs.critic and config.critic.architecture == "head"
-    assistant = assistant_of(config)
-    policy = load_policy(config.model, model, needs, frozen, head, config.latent, assistant, config.seed, cached)
+    policy = load_policy(config.model, model, needs, frozen, head, cached, new_prior(config))
     return policy, load_critic(config, model) if needs.critic else None
 
 

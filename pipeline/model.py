@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import latent as thinking
-from pipeline.config import ConfigError, LatentConfig, LoraSection, ModelConfig
+from pipeline.config import ConfigError, LoraSection, ModelConfig
 from pipeline.contracts import Batch, Needs, PolicyOut
 from pipeline.ops import token_statistics
 from pipeline.pretrained import load_causal_lm, precision
-from pipeline.thinker import prior_for
+from pipeline.thinker import NewPrior, prior_for
 from pipeline.trunk import PROBE, choose_layout, probe_batch, token_states
 
 
@@ -159,16 +159,14 @@ def load_policy(
     needs: Needs | None = None,
     frozen: str | Path | None = None,
     keep_states: bool = False,
-    latent: LatentConfig | None = None,
-    assistant: str | None = None,
-    seed: int = 0,
     cached: bool = False,
+    new: NewPrior | None = None,
 ) -> Policy:
     """The policy of a run, from the folder or hub name that `pretrained.locate` gave.
 
     needs, frozen: what the objective asks of it, and the reference's weights, where that is an exact KL; `cached`: every
-    batch will bring the reference's states, so that of the reference only the head is kept. A prior comes from the
-    folder; where there is none and the objective asks for thoughts, `latent`, `assistant` (located) and `seed` make one.
+    batch will bring the reference's states, so that of the reference only the head is kept.
+    new: the prior to start with where the objective asks for thoughts and `path` holds none; one that is there comes along.
     """
 
     def load(source: str | Path) -> nn.Module:
@@ -180,9 +178,9 @@ def load_policy(
     reference = load(frozen).requires_grad_(False) if beside and frozen is not None else None
     if reference is not None and cached:
         reference = OutputHead(reference)
-    lm, thinks = load(path), needs is not None and needs.latent != "none"
-    prior = prior_for(lm, str(path), config, latent if thinks else None, assistant, seed)
-    if thinks and latent is not None and latent.backbone == "frozen":
+    lm, new = load(path), new if needs is not None and needs.latent != "none" else None
+    prior = prior_for(lm, str(path), config, new)
+    if new is not None and new.latent.backbone == "frozen":
         lm.requires_grad_(False)
     steps = needs is not None and needs.latent == "steps"
     policy = Policy(lm, config.lora, kl, reference, keep_states, prior, steps)

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config import Attention, ConfigError, LatentConfig, ModelConfig, RunConfig, SamplingConfig
+from pipeline.contracts import Needs
 from pipeline.latent import PLACE, AssistantPrior, BlockPrior, Prior, Text, embeddings
 from pipeline.pretrained import fingerprint, load_causal_lm, locate
 from pipeline.trunk import refuses_embeddings
@@ -48,28 +50,40 @@ def latent_identity(config: RunConfig) -> list[Any]:
     return [plain, fingerprint(assistant, Path(config.storage) / "cache", "latent.assistant") if assistant else None]
 
 
-def prior_for(
-    lm: nn.Module, path: str, model: ModelConfig, latent: LatentConfig | None, assistant: str | None, seed: int
-) -> Prior | None:
-    """The prior in the folder of `lm`; where there is none, a new one if `latent` asks for it.
+@dataclass(frozen=True, slots=True)
+class NewPrior:
+    """What a prior starts from; the same on every rank."""
 
-    Raises ConfigError where the one in the folder is not what `latent` asks for.
+    latent: LatentConfig
+    assistant: str | None = None  # located weights
+    seed: int = 0
+
+
+def new_prior(config: RunConfig) -> NewPrior:
+    """The prior that this configuration starts with, where its objective has one."""
+    return NewPrior(config.latent, assistant_of(config), config.seed)
+
+
+def prior_for(lm: nn.Module, path: str, model: ModelConfig, new: NewPrior | None) -> Prior | None:
+    """The prior in the folder of `lm`; where there is none, a new one if that is asked for.
+
+    Raises ConfigError where the one in the folder is not of the kind that is asked for.
     """
     if not has_prior(path):
-        return None if latent is None else start_prior(lm, latent, model, assistant, seed)
+        return None if new is None else start_prior(lm, model, new)
     prior = load_prior(lm, path, model.unpacked_attention, model.trust_remote_code)
-    if latent is not None and latent.n_latents != prior.n_latents:
+    if new is not None and new.latent.n_latents != prior.n_latents:
         raise ConfigError(
             f"latent.n_latents: the prior in {path}, from which training goes on, has {prior.n_latents} thoughts, not "
-            f"{latent.n_latents}; set it to {prior.n_latents}"
+            f"{new.latent.n_latents}; set it to {prior.n_latents}"
         )
-    if latent is not None and (assistant is not None) != isinstance(prior, AssistantPrior):
+    if new is not None and (new.assistant is not None) != isinstance(prior, AssistantPrior):
         raise ConfigError(f"latent.assistant: training goes on from the prior in {path}, which is of the other kind")
     return prior
 
 
-def start_prior(lm: nn.Module, latent: LatentConfig, model: ModelConfig, assistant: str | None, seed: int) -> Prior:
-    """A new prior for this backbone; `assistant`: its located weights. The same seed gives the same weights on every rank.
+def start_prior(lm: nn.Module, model: ModelConfig, new: NewPrior) -> Prior:
+    """A new prior for this backbone, a function of `new` and the backbone alone.
 
     Raises ConfigError for a backbone that reads no embeddings.
     """
@@ -79,14 +93,14 @@ def start_prior(lm: nn.Module, latent: LatentConfig, model: ModelConfig, assista
             "use another model"
         )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        table = lm.get_input_embeddings().weight
+        torch.manual_seed(new.seed)
+        table, latent = lm.get_input_embeddings().weight, new.latent
         plain = {"n_latents": latent.n_latents, "size": float(table.detach().float().square().mean().sqrt())}
-        if assistant is None:
+        if new.assistant is None:
             text = lm.config.get_text_config()
             inner = latent.inner or getattr(text, "intermediate_size", None) or 4 * text.hidden_size
             plain |= {"inner": inner, "positions": latent.positions}
-        found = _build(plain, table.shape[-1], assistant, model.unpacked_attention, model.trust_remote_code)
+        found = _build(plain, table.shape[-1], new.assistant, model.unpacked_attention, model.trust_remote_code)
     return found.to(table.dtype)
 
 
@@ -244,6 +258,16 @@ def check_steps(without: int, rows: int) -> None:
             "or set the weight of that term to 0"
         )
     logger.warning("data.sources: %s; nothing is chosen there", what)
+
+
+def refuse_thoughts_under_kl(needs: Needs, *paths: str) -> None:
+    """Raises ConfigError where an exact KL is asked of models that think: two of them need not think alike."""
+    for path in paths if needs.kl != "none" else ():
+        if has_prior(path):
+            raise ConfigError(
+                f"model.path: {path} has latent thoughts, behind which there is no exact KL to a reference; use an objective without "
+                "one, or remove its prior"
+            )
 
 
 def check_thoughts(sampling: SamplingConfig, paths: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ from pipeline.latent import (
     step_tokens,
 )
 from pipeline.model import Policy, load_policy
-from pipeline.thinker import start_prior
+from pipeline.thinker import NewPrior, start_prior
 from tests.test_model import build
 
 ROWS = [
@@ -223,10 +223,10 @@ def test_steps_of_a_response_and_their_mean_embeddings() -> None:
 def test_thoughts_start_at_the_embeddings_size_and_differ() -> None:
     lm = build("llama")
     size = lm.get_input_embeddings().weight.square().mean().sqrt().item()
-    prior = start_prior(lm, LatentConfig(), ModelConfig(path="unused"), None, seed=3)
+    prior = start_prior(lm, ModelConfig(path="unused"), NewPrior(LatentConfig(), seed=3))
     thoughts = thoughts_of(prior, lm, [5, 6, 7], 4)
     assert 0.5 < thoughts.square().mean().sqrt().item() / size < 2
-    again = start_prior(lm, LatentConfig(), ModelConfig(path="unused"), None, seed=3)
+    again = start_prior(lm, ModelConfig(path="unused"), NewPrior(LatentConfig(), seed=3))
     assert torch.equal(thoughts, thoughts_of(again, lm, [5, 6, 7], 4))
 
 
@@ -236,7 +236,7 @@ def test_thoughts_start_at_the_embeddings_size_and_differ() -> None:
 def outputs(path: Path, batch: Batch, **changes) -> Policy:
     latent = LatentConfig(n_latents=2, **{k: v for k, v in changes.items() if k == "backbone"})
     model = ModelConfig(path=str(path), dtype="float32", lora=changes.get("lora"))
-    return load_policy(model, str(path), NEEDS, latent=latent, assistant=changes.get("assistant"))
+    return load_policy(model, str(path), NEEDS, new=NewPrior(latent, changes.get("assistant")))
 
 
 def trained(policy: Policy) -> set[str]:
@@ -272,12 +272,12 @@ def test_a_backbone_that_reads_no_embeddings_is_refused_in_one_line() -> None:
 
     lm.model.forward = tokens_only
     with pytest.raises(ConfigError, match=r"^model\.path: LlamaForCausalLM reads no embeddings.*use another model$"):
-        start_prior(lm, LatentConfig(), ModelConfig(path="unused"), None, 0)
+        start_prior(lm, ModelConfig(path="unused"), NewPrior(LatentConfig()))
     lm.model.forward = lambda input_ids=None, inputs_embeds=None, **others: inner(
         **({"input_ids": input_ids} if inputs_embeds is None else {"inputs_embeds": inputs_embeds * 2}), **others
     )
     with pytest.raises(ConfigError, match="they change what it computes"):
-        start_prior(lm, LatentConfig(), ModelConfig(path="unused"), None, 0)
+        start_prior(lm, ModelConfig(path="unused"), NewPrior(LatentConfig()))
 
 
 def test_activation_checkpointing_changes_no_gradient_of_the_prior(tiny_model: Path) -> None:

@@ -21,6 +21,7 @@ from pipeline.pretrained import fingerprint, load_causal_lm
 from pipeline.thinker import (
     ASSISTANT,
     PRIOR,
+    NewPrior,
     Thinker,
     check_thoughts,
     has_prior,
@@ -48,7 +49,7 @@ def thoughtful(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("thoughtful") / "model"
     shutil.copytree(tiny_model, folder)
     lm = backbone(folder)
-    prior = start_prior(lm, LatentConfig(n_latents=4), MODEL, None, seed=1)
+    prior = start_prior(lm, MODEL, NewPrior(LatentConfig(n_latents=4), seed=1))
     prior.size *= 8
     save_prior(prior, lm, folder)
     return folder
@@ -74,17 +75,14 @@ def test_a_prior_comes_back_with_its_backbone(thoughtful: Path) -> None:
     prompt = Text(torch.tensor([[5, 6, 7]]), torch.ones(1, 3, dtype=torch.bool))
     embed = lm.get_input_embeddings()
     assert torch.equal(one(embed, prompt, 4).thoughts, two(embed, prompt, 4).thoughts)
-    fresh = start_prior(lm, LatentConfig(n_latents=4), MODEL, None, seed=1)
-    torch.testing.assert_close(
-        one(embed, prompt, 4).thoughts, 8 * fresh(embed, prompt, 4).thoughts * 0 + one(embed, prompt, 4).thoughts
-    )
+    fresh = start_prior(lm, MODEL, NewPrior(LatentConfig(n_latents=4), seed=1))
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), fresh.parameters(), strict=True))
 
 
 def test_an_assistant_lies_in_the_same_folder(tiny_model: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_model, tmp_path / "model")
     lm, helper = backbone(tmp_path / "model"), save_tiny_llama(tmp_path / "helper", seed=5, hidden_size=16)
-    prior = start_prior(lm, LatentConfig(n_latents=2), MODEL, str(helper), seed=0)
+    prior = start_prior(lm, MODEL, NewPrior(LatentConfig(n_latents=2), str(helper)))
     save_prior(prior, lm, tmp_path / "model")
     shutil.rmtree(helper)
     assert (tmp_path / "model" / PRIOR / ASSISTANT / "config.json").is_file()
@@ -93,7 +91,7 @@ def test_an_assistant_lies_in_the_same_folder(tiny_model: Path, tmp_path: Path) 
     made = [p(lm.get_input_embeddings(), prompt, 2).thoughts for p in (prior, back)]
     assert torch.equal(*made)
     more = back(lm.get_input_embeddings(), prompt, 5).thoughts
-    torch.testing.assert_close(more[:, :2], made[0]), "an assistant has as many placeholders as tokens"
+    torch.testing.assert_close(more[:, :2], made[0])  # an assistant has as many placeholders as tokens
 
 
 def test_identity_is_the_weights_whatever_their_precision(tiny_model: Path, tmp_path: Path) -> None:
@@ -117,15 +115,13 @@ def test_a_prior_of_another_backbone_is_refused_in_one_line(thoughtful: Path, tm
 
 def test_training_goes_on_from_a_prior_of_the_same_kind_only(thoughtful: Path) -> None:
     lm = backbone(thoughtful)
-    kept = prior_for(lm, str(thoughtful), MODEL, LatentConfig(n_latents=4), None, seed=9)
+    kept = prior_for(lm, str(thoughtful), MODEL, NewPrior(LatentConfig(n_latents=4), seed=9))
     assert torch.equal(kept.queries.weight, load_prior(lm, thoughtful, "sdpa", False).queries.weight)
-    assert prior_for(lm, str(thoughtful), MODEL, None, None, 0) is not None, (
-        "whatever the objective, it is part of the model"
-    )
+    assert prior_for(lm, str(thoughtful), MODEL, None) is not None, "whatever the objective, it is part of the model"
     with pytest.raises(ConfigError, match=r"^latent\.n_latents: the prior in .* has 4 thoughts, not 5; set it to 4$"):
-        prior_for(lm, str(thoughtful), MODEL, LatentConfig(n_latents=5), None, 0)
+        prior_for(lm, str(thoughtful), MODEL, NewPrior(LatentConfig(n_latents=5)))
     with pytest.raises(ConfigError, match=r"^latent\.assistant: training goes on from the prior"):
-        prior_for(lm, str(thoughtful), MODEL, LatentConfig(n_latents=4), "some/model", 0)
+        prior_for(lm, str(thoughtful), MODEL, NewPrior(LatentConfig(n_latents=4), "some/model"))
 
 
 def test_a_prior_changes_the_models_fingerprint(tiny_model: Path, thoughtful: Path, tmp_path: Path) -> None:

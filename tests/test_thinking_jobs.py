@@ -111,12 +111,14 @@ def test_evaluation_reads_thoughts_and_refuses_models_without(qalign, tmp_path: 
     assert status == 0, failed
     found = json.loads((tmp_path / "e.json").read_text())
     assert found["eval/latent_variance"] > 0.1 and found["samples/kl"] > 0, "its samples come from behind thoughts"
-    status, _, failed = qalign("eval", *LTA, *few, "sampling.n_latents=0", "--json", str(tmp_path / "n.json"))
+    status, _, failed = qalign(
+        "eval", *LTA, "data.eval_fraction=0.2", *few, "sampling.n_latents=0", "--json", str(tmp_path / "n.json")
+    )
     assert status == 0, failed
     assert json.loads((tmp_path / "n.json").read_text())["samples/kl"] == pytest.approx(0, abs=1e-6), (
         "a frozen backbone"
     )
-    status, _, failed = qalign("eval", *LTA, *few, f"checkpoint_from={tiny_model}")
+    status, _, failed = qalign("eval", *LTA, "data.eval_fraction=0.2", *few, f"checkpoint_from={tiny_model}")
     assert status == 2 and "holds no prior, which this objective is evaluated with" in failed
 
 
@@ -134,6 +136,8 @@ def test_another_objective_goes_on_from_a_thinking_model(make_config, pairs_file
     names = {name for name, _ in checkpoint.read_weights(checkpoint.path_of(second.run, 2))}
     assert any(name.startswith("prior.") for name in names) and any(name.startswith("lm.") for name in names)
     load_thinker(str(second.export), torch.float32, ModelConfig(path="unused"), SamplingConfig())
+    with pytest.raises(ConfigError, match="has latent thoughts, behind which there is no exact KL"):
+        fit(make_config(f"model.path={first.run}", "objective={name: tdpo}"), local=True)
 
 
 # ------------------------------------------------------------------------------------------- refused at once
@@ -154,7 +158,7 @@ def test_trajectories_without_steps(make_config, tmp_path: Path, caplog: pytest.
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text(single.read_text() + "".join((EXAMPLES / "trajectories.jsonl").open().readlines()[:4]))
     fit(make_config(*LTA, f"data.sources.0.path={mixed}"), local=True)
-    assert "8 of 12 rows have fewer than two steps" in caplog.text
+    assert "9 of 12 rows have fewer than two steps" in caplog.text
 
 
 def test_settings_that_cannot_work(make_config, tmp_path: Path) -> None:

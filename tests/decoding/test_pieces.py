@@ -81,6 +81,7 @@ def decode(models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> D
             "scorer": "tests.decoding.test_pieces:vowels",
         },
         "decoding": {"rows_per_piece": 3, "candidates": 4, "alpha": 0.3},
+        "evaluation": {"answer_pattern": r"([\s\S])"},
     }
     (tmp_path / "config.yaml").write_text(json.dumps(config))
 
