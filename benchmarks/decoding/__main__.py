@@ -51,18 +51,18 @@ def run(storage: str, size: Size, command: str) -> Path:
     """All of it; the folder of the results."""
     embed = Embedder()
     world = make_world(storage, size)
-    found = decode_all(world, size is QUICK, embed)
-    exact = tabular(20 if size is QUICK else 400)
-    sums = arithmetic(storage, 40 if size is QUICK else 400, align=size is FULL)
+    found = decode_all(world, embed)
+    exact = tabular(20 if size.quick else 400)
+    sums = arithmetic(storage, 40 if size.quick else 400, align=not size.quick)
     (world.folder / "report.md").write_text(report.page(found, exact, sums, command), encoding="utf-8")
     write_json(world.folder / "results.json", _plain(found) | {"tabular": exact, "arithmetic": sums})
     return world.folder
 
 
-def decode_all(world: World, quick: bool, embed: Embedder) -> dict[str, tuple[Point, Measured]]:
+def decode_all(world: World, embed: Embedder) -> dict[str, tuple[Point, Measured]]:
     """Every point's completions, measured. Pieces that are there already are not decoded again."""
     found = {}
-    with tqdm(points(world, quick), desc="decoders", unit="setting", mininterval=0) as bar:
+    with tqdm(points(world), desc="decoders", unit="setting", mininterval=0) as bar:
         for point in bar:
             bar.set_postfix_str(point.name)
             task, _ = decoded(world.config(point.name, point.changes), local=True)

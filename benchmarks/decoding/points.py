@@ -36,9 +36,9 @@ class Point:
         return plain.translate(str.maketrans({" ": "-", "=": None, "*": None}))
 
 
-def points(world: World, quick: bool) -> list[Point]:
+def points(world: World) -> list[Point]:
     """All of them, the cheap ones first."""
-    return [*_sampled(world), *_best_of_n(world, quick), *_proxy(world, quick), *_guided(world, quick)]
+    return [*_sampled(world), *_best_of_n(world), *_proxy(world), *_guided(world)]
 
 
 def _sampled(world: World) -> Iterator[Point]:
@@ -50,22 +50,22 @@ def _sampled(world: World) -> Iterator[Point]:
             yield Point(f"{curve} beam", f"beams={beams}", _call("beam", model, {}, beams=beams), kl="point")
 
 
-def _best_of_n(world: World, quick: bool) -> Iterator[Point]:
-    for n in (2, 8) if quick else (2, 4, 8, 16, 64):
+def _best_of_n(world: World) -> Iterator[Point]:
+    for n in (2, 8) if world.size.quick else (2, 4, 8, 16, 64):
         changes = _call("best_of_n", world.reference, {"batch_size": 512}, n=n)
         yield Point("best of n", f"n={n}", changes, kl="bound")
 
 
-def _proxy(world: World, quick: bool) -> Iterator[Point]:
+def _proxy(world: World) -> Iterator[Point]:
     many = {"per_prompt": world.size.copies, "batch_size": 256}
-    for weight in (1.0,) if quick else (0.5, 1.0, 1.5, 2.0):
+    for weight in (1.0,) if world.size.quick else (0.5, 1.0, 1.5, 2.0):
         yield Point("proxy", f"w={weight:g}", _call("proxy", world.sentiment, many, weight=weight))
 
 
-def _guided(world: World, quick: bool) -> Iterator[Point]:
+def _guided(world: World) -> Iterator[Point]:
     """ARGS costs no roll-outs; indirect transfer starts from the model that was aligned to the other reward."""
     batch = {"batch_size": 1280}
-    for alpha in QUICK_ALPHAS if quick else ALPHAS:
+    for alpha in QUICK_ALPHAS if world.size.quick else ALPHAS:
         args = _call("args", world.reference, {"batch_size": 64}, alpha=alpha, candidates=ROLLOUTS["candidates"])
         yield Point("ARGS", f"α={alpha:g}", args)
         yield Point("CD", f"α={alpha:g}", _call("controlled", world.reference, batch, alpha=alpha, **ROLLOUTS))

@@ -70,7 +70,7 @@ def reward_at(found: Found, curve: str, kl: float) -> Value | None:
     start = found[START][1].reward
     points = sorted([(0.0, start), *((m.kl[0], m.reward) for p, m in found.values() if p.curve == curve)])
     for (left, low), (right, high) in pairwise(points):
-        if left <= kl <= right and right > left:
+        if kl <= right and right > left:
             share = (kl - left) / (right - left)
             value = low[0] + share * (high[0] - low[0])
             return value, math.hypot((1 - share) * low[1], share * high[1])

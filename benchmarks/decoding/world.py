@@ -38,10 +38,11 @@ class Size:
     steps: int
     prompts: int  # held-out ones, that every decoder completes
     copies: int  # completions of each, of decoders that cost little
+    quick: bool = False  # fewer settings, and a review model that was trained for less long
 
 
 FULL = Size("full", training_prompts=2000, steps=100, prompts=128, copies=4)
-QUICK = Size("quick", training_prompts=200, steps=8, prompts=8, copies=1)
+QUICK = Size("quick", training_prompts=200, steps=8, prompts=8, copies=1, quick=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ def make_world(storage: str, size: Size) -> World:
     """Everything that decoding starts from; finished parts are found again."""
     folder = folder_of(storage, size)
     folder.mkdir(parents=True, exist_ok=True)
-    reference = str(review_model(storage, quick=size is QUICK))
+    reference = str(review_model(storage, quick=size.quick))
     held_out = _written(folder / "prompts.jsonl", [{"prompt": text} for text in held_out_prompts(size.prompts)])
     asked = [{"prompt": text} for text in training_prompts(size.training_prompts, SEED)]
     config = _base(storage, reference, _written(folder / "training.jsonl", asked), folder / "samples.jsonl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.decoding import __main__ as program
 from benchmarks.decoding import beams, report, world
-from benchmarks.decoding.measures import Embedder, Measured, by_prompt, divergence, diversity
+from benchmarks.decoding import points as points_module
+from benchmarks.decoding.measures import Embedder, Measured, by_prompt, divergence, diversity, read_rows
 from benchmarks.decoding.points import Point, points
-from benchmarks.decoding.world import QUICK, World, emotion
+from benchmarks.decoding.world import FULL, QUICK, World, emotion
 from tests.oracle.mdp import TokenMdp
 
 
@@ -64,9 +67,8 @@ def test_verdicts(gain: tuple[float, float], word: str):
 
 
 def test_points_are_files_of_their_own_and_cover_every_decoder():
-    some = World("x", replace(QUICK, copies=3), "/sft", "/aligned", "/emotional", Path("p"))
-    for quick in (True, False):
-        found = points(some, quick)
+    for size in (QUICK, FULL):
+        found = points(World("x", size, "/sft", "/aligned", "/emotional", Path("p")))
         assert len({p.name for p in found}) == len(found)
         assert all(p.name.isascii() and not set(p.name) & set(" /*=") for p in found)
         assert {p.changes["decoding"]["method"] for p in found} == set(every_decoder()) - {"vote"}, (
@@ -96,6 +98,33 @@ def test_beams_gain_on_the_exact_optimum_what_enumeration_says():
     mdp = TokenMdp(vocabulary=4, horizon=4, beta=1.0, prompts=60, seed=0, stops=False)
     likeliest = mdp.reward.gather(-1, mdp.optimum.argmax(-1, keepdim=True)).mean()
     assert fixed["10"][0] == pytest.approx(float(likeliest), abs=0.02)
+
+
+@pytest.mark.slow
+def test_the_whole_in_small(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With an untrained review model: what has to be equal is, and a second call decodes nothing."""
+    monkeypatch.setattr(world, "review_model", lambda storage, quick: tiny_model)
+    monkeypatch.setattr(world, "SCORER", "tests.decoding.test_pieces:vowels")
+    monkeypatch.setattr(world, "emotion", lambda prompt, response: float(len(set(response))))
+    monkeypatch.setattr(points_module, "QUICK_ALPHAS", (0.5,))
+    small = replace(QUICK, training_prompts=24, steps=2, prompts=2, copies=2)
+    folder = program.run(str(tmp_path), small, "python -m benchmarks.decoding --quick")
+    page, results = (folder / "report.md").read_text(), json.loads((folder / "results.json").read_text())
+    assert all(f"### {title}" in page for title in ("Every decoder", "Reward at equal KL", "Beams", "Claims"))
+    found = results["points"]
+    assert found["SFT-sampled"]["kl"][0] == pytest.approx(0.0, abs=1e-4)
+    assert found["aligned-sampled"]["kl"][0] != 0.0, "training moved it"
+    assert found["best-of-n-n8"]["reward"][0] >= found["best-of-n-n2"]["reward"][0], (
+        "among more samples, the first included"
+    )
+    assert found["best-of-n-n2"]["kl"][0] == pytest.approx(math.log(2) - 0.5)
+    texts = {name: [row["text"] for row in read_rows(folder / f"{name}.jsonl")] for name in found}
+    assert texts["proxy-w1"] == texts["aligned-sampled"], "w = 1 on the reference is the policy, with the same streams"
+    assert len(texts["aligned-sampled"]) == 4 and len(texts["CD-alpha0.5"]) == 2
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.jsonl") if path.stem in texts}
+    assert len(before) == len(texts)
+    assert program.run(str(tmp_path), small, "again") == folder
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 @pytest.mark.slow

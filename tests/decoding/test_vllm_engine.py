@@ -16,6 +16,7 @@ from pipeline.config import DecodingConfig, SamplingConfig
 from pipeline.decoding import best_of_n, sampling, vllm_engine
 from pipeline.decoding.choice import stream_seed
 from pipeline.decoding.contract import Prompt, Tools
+from pipeline.decoding.rescoring import token_logprobs
 from pipeline.decoding.vllm_engine import VllmSampler, choose
 from pipeline.errors import UserError
 from pipeline.pretrained import load_causal_lm
@@ -138,6 +139,9 @@ def test_every_completion_has_a_request_with_our_settings_and_a_seed_of_its_own(
     found = sampling.sample(given, PROMPTS)
     seeds = [stream_seed(3, key, copy) for key in (7, 8) for copy in range(2)]
     assert LLM.asked == [SamplingParams(1, 0.7, 0.9, 5, 0.0, seed, ENDS, True, 6, 2, 0, False) for seed in seeds]
+    responses = [c.token_ids for c in found]
+    exact = token_logprobs(sampler._engine.network, [p for p in PROMPTS for _ in range(2)], responses, 0)
+    assert [c.logprobs for c in found] == [pytest.approx(e, abs=1e-5) for e in exact], "without the temperature"
     alone = sampling.sample(given, PROMPTS[1:])
     assert found[2:] == alone, "a completion does not depend on its batch"
     assert len({tuple(c.token_ids) for c in found}) > 1

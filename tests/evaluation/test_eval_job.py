@@ -154,6 +154,7 @@ def test_all_stages_on_ray_share_two_actors_and_give_what_this_process_gives(
         "data.eval_fraction=0.3",
         "scaling.data_actors=2",
         "sampling.max_new_tokens=6",
+        "sampling.batch_size=2",
         "sampling.scorer='tests.evaluation.test_eval_job:letters'",
     )
     on_ray = evaluate(config, local=False)
