@@ -28,6 +28,12 @@ from pipeline.errors import UserError
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 START_SECONDS = 300
+AGENT_PORTS = (
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+    "metrics-export-port",
+    "runtime-env-agent-port",
+)
 STORE_BYTES = 150_000_000
 """Object store of one node."""
 
@@ -157,8 +163,9 @@ class Machines:
     def _launch(self, address: str, arguments: list[str]) -> Node:
         command = [str(BIN / "ray"), "start", "--block", f"--node-ip-address={address}", *arguments]
         # Ports of their own, or the nodes of one machine take each other's.
-        command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
-        command += [f"--object-store-memory={STORE_BYTES}"]
+        command += ["--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={STORE_BYTES}"]
+        # Given to them: a node waits for ports that its agents choose themselves, and aborts where a busy machine is slow.
+        command += [f"--{name}={free_port()}" for name in AGENT_PORTS]
         with (self.folder / f"node-{len(self.nodes)}.log").open("w") as log:
             process = subprocess.Popen(
                 command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
