@@ -27,7 +27,7 @@ from pipeline.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
-START_SECONDS = 300
+START_SECONDS, STARTS = 60, 4
 STORE_BYTES = 150_000_000
 """Object store of one node."""
 
@@ -155,25 +155,41 @@ class Machines:
             shutil.rmtree(self._sockets, ignore_errors=True)
 
     def _launch(self, address: str, arguments: list[str]) -> Node:
+        """Start a node and wait for it: nodes of one machine that start at once were seen to abort over files they share.
+
+        A node waits for its agents for some seconds and aborts; where the machine is that busy, another try may succeed.
+        """
         command = [str(BIN / "ray"), "start", "--block", f"--node-ip-address={address}", *arguments]
         # Ports of their own, or the nodes of one machine take each other's.
         command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
         command += [f"--object-store-memory={STORE_BYTES}"]
-        with (self.folder / f"node-{len(self.nodes)}.log").open("w") as log:
-            process = subprocess.Popen(
-                command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
-            )
-        self.nodes.append(Node(address, process))
-        self._await_start(self.nodes[-1], Path(log.name))
-        return self.nodes[-1]
+        log = self.folder / f"node-{len(self.nodes)}.log"
+        for _ in range(STARTS):
+            with log.open("w") as said:
+                process = subprocess.Popen(
+                    command,
+                    env=self.environment,
+                    stdout=said,
+                    stderr=subprocess.STDOUT,
+                    cwd=ROOT,
+                    start_new_session=True,
+                )
+            node = Node(address, process)
+            if _started(node, log):
+                self.nodes.append(node)
+                return node
+            node.kill()
+        raise DrillError(f"a node of Ray did not start; see {log}")
 
-    def _await_start(self, node: Node, log: Path) -> None:
-        """One after the other: nodes of one machine that start at once were seen to abort over files they share."""
-        until = time.monotonic() + START_SECONDS
-        while "Ray runtime started" not in log.read_text(errors="replace"):
-            if node.command.poll() is not None or time.monotonic() > until:
-                raise DrillError(f"a node of Ray did not start; see {log}")
-            time.sleep(0.1)
+
+def _started(node: Node, log: Path) -> bool:
+    """Wait until it has, or given up."""
+    until = time.monotonic() + 2 * START_SECONDS
+    while time.monotonic() < until and node.command.poll() is None:
+        if "Ray runtime started" in log.read_text(errors="replace"):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 @contextmanager
