@@ -10,8 +10,8 @@ Side by side in one run, in turns, on the same prompts (random tokens) and with 
 
     generate    transformers' beam search, prompts as one batch        qalign   our `beam`, likewise
 
-Both sides score with the same trivial function: what is measured is the language model's work. A time is the median of
-`--repeats` turns. Equality is by tokens; in low precision a near-tie may fall the other way, so that the share is printed.
+Both sides score with the same trivial function: what is measured is the language model's work. Wall and CPU times are medians
+of `--repeats` turns. Equality is by tokens; in low precision a near-tie may fall the other way, so that the share is printed.
 """
 
 from __future__ import annotations
@@ -146,26 +146,40 @@ def our_beams(model: nn.Module, prompts: list[list[int]], new: int, beams: int, 
 # ------------------------------------------------------------------------------------------------- command
 
 
+class Times(NamedTuple):
+    """One turn, seconds."""
+
+    wall: float
+    cpu: float  # of all threads: on a shared machine the steadier of the two
+
+
 def race(runs: dict[str, Run], repeats: int) -> None:
-    """Run all in turns; print tokens per second, the ratio to the last, and the share of equal responses."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    """Run all in turns; print tokens per second, times and their ratios to the last one's, and the share of equal responses."""
+    times: dict[str, list[Times]] = {name: [] for name in runs}
     results: dict[str, list[list[int]]] = {}
-    for _ in range(repeats):
+    for turn in range(repeats):
         for name, run in runs.items():
-            started = time.perf_counter()
+            started = time.perf_counter(), time.process_time()
             results[name] = run()
-            seconds[name].append(time.perf_counter() - started)
+            found = Times(time.perf_counter() - started[0], time.process_time() - started[1])
+            times[name].append(found)
+            print(
+                f"  turn {turn + 1}: {name} {found.wall:.1f} s, {found.cpu:.1f} s of CPU", file=sys.stderr, flush=True
+            )
     *_, last = runs
+    ours = _median(times[last])
+    tokens = sum(len(response) for response in results[last])
     for name in runs:
-        median, own = statistics.median(seconds[name]), statistics.median(seconds[last])
-        tokens = sum(len(response) for response in results[last])
+        own = _median(times[name])
         equal = [a[: len(b)] == b for a, b in zip(results[name], results[last], strict=True)]
-        spread = f"{min(seconds[name]):.2f}–{max(seconds[name]):.2f} s"
         print(
-            f"  {name:10} {tokens / median:9.2f} tokens/s   {median:8.2f} s ({spread})   "
-            f"{median / own:6.2f} × ours   {sum(equal)}/{len(equal)} equal",
-            flush=True,
+            f"  {name:10} {tokens / own.wall:9.2f} tokens/s   {own.wall:8.2f} s = {own.wall / ours.wall:6.2f} × ours   "
+            f"CPU {own.cpu:8.2f} s = {own.cpu / ours.cpu:6.2f} × ours   {sum(equal)}/{len(equal)} equal"
         )
+
+
+def _median(turns: Sequence[Times]) -> Times:
+    return Times(*(statistics.median(values) for values in zip(*turns, strict=True)))
 
 
 def main() -> int:

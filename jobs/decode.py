@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 HELP = (
     "Complete prompts (sampling.*) by sampling, search or value-guided decoding (decoding.*) from a checkpoint, run or model "
-    "(checkpoint_from=…) into a jsonl or parquet file."
+    "(checkpoint_from=…) into a jsonl or parquet file, or a folder that datasets reads."
 )
 
 
