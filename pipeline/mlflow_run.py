@@ -201,7 +201,8 @@ def _connect(uri: str) -> MlflowClient:
 
     if database := _sqlite_file(uri):
         database.parent.mkdir(parents=True, exist_ok=True)
-        logging.getLogger("alembic").setLevel(logging.WARNING)  # one line for each of MLflow's 60 tables otherwise
+        for name in ("alembic", "mlflow.store.db.utils"):  # one line for each of MLflow's 60 tables otherwise
+            logging.getLogger(name).setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 

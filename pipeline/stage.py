@@ -102,6 +102,7 @@ def _on_ray(
     context.enable_progress_bars = False  # ours counts items, whatever Ray's operators are
     context.print_on_execution_start = False
     logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that there are no bars
     context.execution_options.preserve_order = True
     stage = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
         _Threaded,

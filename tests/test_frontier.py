@@ -160,9 +160,9 @@ def test_the_page_has_every_policy_and_survives_a_diverged_one(tmp_path: Path) -
     curves = {("dpo", 0): curve(0.3, 0.7), ("dpo", 1): curve(0.4, 0.8, seed=1)}
     curves["unlikelihood", 0] = [policy(0, 0, "unlikelihood", strength=1.0, state="diverged", reason="nan", numbers={})]
     text = report.markdown(curves, (0, 1), "command")
-    assert "| DPO (f-DPO, reverse KL) | 0.5 | 0.750 (0.700–0.800) | 4.00 (4.00–4.00) |" in text
+    assert "| DPO (f-DPO, reverse KL) | 0.5 | 0.750 (0.700–0.800) | 4.00 (4.00–4.00) | – |" in text
     assert "| unlikelihood | 1 (diverged) | – |" in text
-    assert "| the review model (reference) | – | 0.100 | 0.00 | 5.000 |" in text
+    assert "| the review model (reference) | – | 0.100 | 0.00 | 0.00 | 5.000 |" in text
     page = report.write_page(curves, tmp_path).read_text()
     assert page.count('class="mark') >= 4 or page.count("<circle") >= 4
     assert "diverged" in page and "nan" in page

@@ -27,7 +27,7 @@ def evaluate(sweep: Sweep, local: bool) -> None:
     from jobs.eval import evaluate as measure
 
     waiting = [t for t in sweep.table.trials.values() if t.state == "finished" and not t.evaluation]
-    for place, trial in enumerate(waiting, 1):
+    for place, trial in enumerate(sorted(waiting, key=lambda t: t.number), 1):
         print(f"evaluating trial {trial.name} [{trial.label}], {place} of {len(waiting)}", file=sys.stderr, flush=True)
         config = sweep.config_of(trial)
         silent = config.tracking.model_copy(update={"enabled": False})

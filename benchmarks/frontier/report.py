@@ -15,7 +15,8 @@ from pipeline.report import Point, Trial, write_sweep_report
 PAGE = "frontier.html"
 SHOWN = {
     "samples/reward": ("reward", 3),
-    "samples/kl": ("KL, nats", 2),
+    "samples/kl": ("KL(π‖ref)", 2),
+    "reference/kl": ("KL(ref‖π)", 2),
     "samples/entropy": ("entropy", 3),
     "samples/distinct_1": ("distinct-1", 3),
     "samples/distinct_2": ("distinct-2", 3),
@@ -39,9 +40,8 @@ def policy_table(curves: Curves) -> str:
     lines = _head(["policy", "β (α)", *(title for title, _ in SHOWN.values())])
     if reference is not None:
         cells = [reference.numbers.get(name.replace("samples/", "reference/")) for name in SHOWN]
-        cells[list(SHOWN).index("samples/kl")] = 0.0
         shown = [
-            _number(c, d) if n.startswith("samples/") else "–"
+            _number(0.0 if n.endswith("/kl") else c, d) if n.startswith(("samples/", "reference/")) else "–"
             for c, (n, (_, d)) in zip(cells, SHOWN.items(), strict=True)
         ]
         lines.append(_line(["the review model (reference)", "–", *shown]))
@@ -73,6 +73,8 @@ def level_table(curves: Curves, seeds: Sequence[int]) -> str:
             columns[f"{title} at reward {level:.2f}"] = lambda c, m=metric: at(c, "reward", level, m)
     lines = _head(["method", *columns])
     for method in _methods(curves):
+        if METHODS[method].after_sft:  # its KL is to another model
+            continue
         cells = []
         for measure in columns.values():
             values = [measure(curves[method, seed]) for seed in seeds if (method, seed) in curves]

@@ -11,6 +11,8 @@ from pipeline.report.content import Point, Trial
 from pipeline.report.scales import Z95, Scale, number
 
 FRAME = Frame(940, 520)
+REFERENCE = "reference"
+"""Series of the models before training."""
 
 
 def efficient(points: Sequence[Point]) -> list[bool]:
@@ -27,6 +29,7 @@ def frontier(trials: Sequence[Trial]) -> Chart | None:
     placed = [(trial, point) for trial in trials for point in trial.points]
     if not placed:
         return None
+    placed += [(start, point) for start in _starts(trials) for point in start.points]
     points = [point for _, point in placed]
     x = FRAME.x([edge for p in points for edge in _edges(p.kl, p.kl_error)], include=[0.0])
     y = FRAME.y([edge for p in points for edge in _edges(p.reward, p.reward_error)])
@@ -55,6 +58,17 @@ def frontier(trials: Sequence[Trial]) -> Chart | None:
             [_row(trial, point, keep) for (trial, point), keep in zip(placed, best, strict=True)],
         ),
     )
+
+
+def _starts(trials: Sequence[Trial]) -> list[Trial]:
+    """The references of trials with points, where they were measured: policies that paid no KL. One for each reward."""
+    found = {}
+    for trial in trials:
+        reward = trial.metrics.get("reference/reward")
+        if trial.points and reward is not None:
+            point = Point(kl=0.0, reward=reward, reward_error=trial.metrics.get("reference/reward_se"))
+            found[reward] = Trial(label="before training", objective=REFERENCE, parameters={}, points=(point,))
+    return list(found.values())
 
 
 def _edges(value: float, error: float | None) -> tuple[float, float]:

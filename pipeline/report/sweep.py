@@ -65,9 +65,12 @@ def trial_table(trials: Sequence[Trial], metric: str | None) -> Table:
 
 
 def metric_table(trials: Sequence[Trial], diversity: bool) -> Table:
-    """Trials against their metrics: those of diversity, or all the others. Without rows where there are none."""
+    """Trials against their metrics: those of diversity, or all the others; the policy's before the reference's, which are most often
+    the same in all rows. Without rows where there are none."""
     names = dict.fromkeys(name for trial in trials for name in trial.metrics if not name.endswith("_se"))
-    kept = sorted(name for name in names if is_diversity(name) == diversity)
+    kept = sorted(
+        (name for name in names if is_diversity(name) == diversity), key=lambda n: (not n.startswith("samples/"), n)
+    )
     rows = [
         [trial.label, trial.objective, *(_with_error(trial, name) for name in kept)]
         for trial in trials

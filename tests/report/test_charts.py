@@ -24,6 +24,20 @@ def test_the_frontier_is_what_nobody_beats():
     assert efficient(points) == [True, True, False, False, True, True]
 
 
+def test_the_reference_stands_once_at_no_kl_and_its_own_reward():
+    trials = [trial("dpo", beta, kl, 0.5) for beta, kl in [(1.0, 1.0), (0.1, 4.0)]]
+    measured = [t.model_copy(update={"metrics": {"reference/reward": 0.3, "reference/reward_se": 0.1}}) for t in trials]
+    chart = frontier(measured)
+    assert [series.name for series in chart.series] == ["dpo", "reference"]
+    (mark,) = chart.series[1].marks
+    first = chart.series[0].marks[0]
+    assert mark.x < first.x and mark.y > first.y and not mark.hollow, (
+        "left of and below every policy, and beaten by none"
+    )
+    assert chart.table.rows[-1] == ["reference", "before training", "–", "0", "–", "0.3", "0.1", "yes"]
+    assert [series.name for series in frontier(trials).series] == ["dpo"], "nobody measured it"
+
+
 def test_a_frontier_draws_more_reward_higher_and_more_kl_further_right():
     chart = frontier([trial("dpo", 1.0, 1.0, 0.2), trial("dpo", 0.1, 4.0, 0.6), trial("ipo", 0.1, 6.0, 0.5)])
     dpo, ipo = chart.series
