@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GRADIENT_BYTES = 4
-"""Gradients are added up, and reduced, in float32 whatever the weights are."""
+"""From stage 1 on gradients are added up, and reduced, in float32 whatever the weights are."""
 MOMENT_BYTES = 8
 """Adam's two moments, float32."""
 
@@ -101,17 +101,20 @@ def state_bytes(
     workers: int,
     offload: bool = False,
 ) -> dict[str, float]:
-    """What one worker holds on its device between forward and step, by part (ZeRO, arXiv 1910.02054 §3).
+    """What one worker holds on its device while gradients add up, by part (ZeRO, arXiv 1910.02054 §3, as DeepSpeed does it).
 
-    In bfloat16 the optimizer's part has float32 master weights as well; offloaded, it lies in the host's memory instead.
+    From stage 1 on the optimizer's part has float32 master weights beside the moments, in float32 training as well; offloaded, it lies
+    in the host's memory. Buckets, in which gradients are reduced, are bounded (`engine.BUCKET_NUMEL`) and left out.
     """
-    share = {
-        part: workers if stage >= least else 1 for part, least in (("optimizer", 1), ("gradients", 2), ("weights", 3))
-    }
-    master = 4 if dtype_bytes < 4 else 0
+    shares = (("optimizer", 1), ("gradients", 2), ("weights", 3))
+    share = {part: workers if stage >= least else 1 for part, least in shares}
+    master = 4 if stage >= 1 or dtype_bytes < 4 else 0
+    gradient = dtype_bytes if stage == 0 else GRADIENT_BYTES
+    if stage == 1 and dtype_bytes < GRADIENT_BYTES:
+        gradient += dtype_bytes  # those of one micro-batch, before they are added to the float32 sum
     return {
         "weights": parameters * dtype_bytes / share["weights"],
-        "gradients": trained * GRADIENT_BYTES / share["gradients"],
+        "gradients": trained * gradient / share["gradients"],
         "optimizer": 0.0 if offload else trained * (MOMENT_BYTES + master) / share["optimizer"],
     }
 

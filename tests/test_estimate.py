@@ -183,6 +183,7 @@ def work(rank: int, world: int, root: str, cases: list[tuple[int, str]]) -> None
 
     torch.set_num_threads(1)
     engine.PERSISTENT_NUMEL = 0
+    engine.BUCKET_NUMEL = 2**18  # of 2**22 parameters
     dist.init_process_group("gloo", store=dist.FileStore(f"{root}/store", world), rank=rank, world_size=world)
     for stage, dtype in cases:
         measured = measure(stage, dtype, Path(root))
@@ -192,7 +193,7 @@ def work(rank: int, world: int, root: str, cases: list[tuple[int, str]]) -> None
 
 
 def measure(stage: int, dtype: str, root: Path) -> dict[str, float]:
-    """Bytes a parameter that this rank holds: gradients of a step accumulated, and after the step."""
+    """Bytes a parameter that this rank holds at most between two calls, and of the checkpoint that both write."""
     from pipeline.engine import Engine
 
     plain = {"kind": "preference", "sources": [{"path": "x"}]}
@@ -203,15 +204,14 @@ def measure(stage: int, dtype: str, root: Path) -> dict[str, float]:
     count = sum(p.numel() for p in net.parameters())
     engine = Engine(net, validate({"data": plain} | settings), "cpu")
     x = torch.ones(2, 512, dtype=getattr(torch, dtype))
+    found = {"state": 0.0}
     for micro in range(2):
         loss = engine(x) * 1e-6
         engine.backward(loss, last=micro == 1)
         del loss
-    gc.collect()
-    found = {"full": (held() - before) / count}
+        gc.collect()
+        found["state"] = max(found["state"], (held() - before) / count)
     engine.step(1e-6)
-    gc.collect()
-    found["idle"] = (held() - before) / count
     folder = root / f"checkpoint-{stage}-{dtype}"
     folder.mkdir(exist_ok=True)
     dist.barrier()
@@ -222,7 +222,7 @@ def measure(stage: int, dtype: str, root: Path) -> dict[str, float]:
     return found
 
 
-CASES = [(stage, dtype) for stage in (1, 2, 3) for dtype in ("float32", "bfloat16")]
+CASES = [(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("float32", "bfloat16")]
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,7 @@ def measured() -> dict[tuple[int, str], dict[str, float]]:
 def test_state_of_an_engine_on_two_ranks(measured: dict, stage: int, dtype: str) -> None:
     size = 2 if dtype == "bfloat16" else 4
     formula = sum(estimate.state_bytes(1, 1, size, stage, workers=2).values())
-    assert measured[stage, dtype]["full"] == pytest.approx(formula, rel=0.1)
+    assert measured[stage, dtype]["state"] == pytest.approx(formula, rel=0.04)
 
 
 @pytest.mark.slow
