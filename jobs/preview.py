@@ -123,12 +123,13 @@ def _workers(scaling: ScalingConfig) -> str:
 def memory(config: RunConfig, model: str, lengths: list[int]) -> list[str]:
     """Parameter count and an estimate of one worker's memory.
 
-    Weights, gradients and Adam state follow ZeRO's partitioning (arXiv 1910.02054, §3). Activations: about
+    Weights, gradients and optimizer: `estimate.state_bytes`. Activations: about
     16 bytes·hidden·layers per token in float32 (half in bfloat16, hidden·layers·4 with activation checkpointing); logits: one chunk.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from pipeline.estimate import state_bytes
     from pipeline.ops import LOGIT_CHUNK_BYTES
     from pipeline.pretrained import precision
 
@@ -145,10 +146,10 @@ def memory(config: RunConfig, model: str, lengths: list[int]) -> list[str]:
     trained = prior + sum(p.numel() for p in lm.parameters() if p.requires_grad and not frozen_lm)
     stage, workers = config.scaling.zero_stage, config.scaling.least_workers
     size = torch.finfo(precision(config.model.dtype)).bits // 8
-    master = 0 if size == 4 else 4  # float32 training updates its weights in place
-    split = {
-        name: workers if stage >= least else 1 for name, least in (("optimizer", 1), ("gradients", 2), ("weights", 3))
-    }
+    offload = config.scaling.offload_optimizer
+    state = state_bytes(
+        total, trained, size, 0 if workers == 1 and size == 4 and not offload else stage, workers, offload
+    )
     text = settings.get_text_config()
     tokens = min(config.train.tokens_per_micro_batch, sum(sorted(lengths)[-config.train.rows_per_step :]) or 1)
     per_token = (4 if config.model.activation_checkpointing else 16) * size * text.hidden_size * text.num_hidden_layers
@@ -159,15 +160,11 @@ def memory(config: RunConfig, model: str, lengths: list[int]) -> list[str]:
     beside = text.vocab_size * text.hidden_size if head_alone else total
     networks = 2 if critic else 1
     parts = {
-        "weights": networks * total * size / split["weights"],
-        "gradients": networks * trained * size / split["gradients"],
-        "optimizer": networks * trained * (8 + master) / split["optimizer"],
+        **{part: networks * held for part, held in state.items()},
         "reference": beside * size if frozen else 0.0,  # on every worker
         "activations": networks * tokens * per_token,
         "logits": 3 * LOGIT_CHUNK_BYTES,
     }
-    if config.scaling.offload_optimizer:
-        parts["optimizer"] = 0.0
     lines = [
         f"model      {model}",
         f"           {total:,} parameters, {trained:,} trained, {precision(config.model.dtype)}",

@@ -79,6 +79,12 @@ def open_binary(path: str) -> BinaryIO:
     return io.BufferedReader(pa.CompressedInputStream(stream, compression(path))) if compression(path) else stream
 
 
+def size_of(path: str) -> int:
+    """Bytes of the file at a path or URL; 0 where its server does not say."""
+    fs, root = url_to_fs(path)
+    return int(fs.size(root) or 0)
+
+
 def compression(path: str) -> str | None:
     """Codec that the file's ending names."""
     return COMPRESSIONS.get(os.path.splitext(path)[1].lower())

@@ -9,6 +9,7 @@ one is refused by `rows.Rows` and continued here.
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,19 @@ from pipeline.collate import collate
 from pipeline.config import ModelConfig, RunConfig, digest
 from pipeline.contracts import REFERENCE_SCHEMA, STATES_SCHEMA
 from pipeline.model import Policy, load_policy
-from pipeline.order import micro_batches
+from pipeline.order import micro_batches, position_type
 from pipeline.pretrained import fingerprint, load_config, precision
 from pipeline.rows import MANIFEST, Rows, finish, is_finished, part_of, write_part
 from pipeline.stage import Item, Resources, run_stage
 
 PIECE_TOKENS = 32768
 """Tokens of one piece: seconds of work for an actor, so that none waits long for the last one."""
+MOST_PIECES = 2**14
+"""Pieces at most: each is a task of Ray's and a file that every worker maps (Linux allows 65,530 maps a process)."""
 
 
 class ScoreRows:
-    """The actor: row positions → one part of reference log-probs, and one of hidden states where there is a folder for them."""
+    """The actor: a range of the rows, longest first → one part of reference log-probs, and one of hidden states where there is a folder for them."""
 
     def __init__(
         self, folder: str, states: str | None, rows: str, model: str, config: dict[str, Any], budget: int, gpu: bool
@@ -41,6 +44,7 @@ class ScoreRows:
         settings = ModelConfig.model_validate(config).model_copy(
             update={"lora": None, "activation_checkpointing": False}
         )
+        self.longest_first = _longest_first(self.rows.lengths)
         self.device = torch.device("cuda" if gpu else "cpu")
         self.policy: Policy = load_policy(settings, model, keep_states=states is not None).to(self.device).eval()
 
@@ -48,10 +52,11 @@ class ScoreRows:
         folders = [folder for folder in (self.folder, self.states) if folder is not None]
         missing = [folder for folder in folders if not is_whole(part_of(folder, item["number"]))]
         if missing:
-            for folder, table in zip(folders, self.tables(item["positions"]), strict=True):
+            positions = self.longest_first[item["first"] : item["stop"]].tolist()
+            for folder, table in zip(folders, self.tables(positions), strict=True):
                 if folder in missing:
                     write_part(folder, item["number"], table)
-        return {"rows": len(item["positions"])}
+        return {"rows": item["stop"] - item["first"]}
 
     @torch.inference_mode()
     def tables(self, positions: list[int]) -> list[pa.Table]:
@@ -110,7 +115,7 @@ def score(config: RunConfig, rows_folder: Path, model: str, local: bool = False,
             shutil.rmtree(one)
         one.mkdir(parents=True, exist_ok=True)
     pieces = _pieces(Rows(rows_folder).lengths)
-    items = [{"number": i, "positions": piece.tolist()} for i, piece in enumerate(pieces)]
+    items = [{"number": i, "first": first, "stop": stop} for i, (first, stop) in enumerate(pieces)]
     arguments = actor_arguments(config, rows_folder, model, folder, states)
     label, resources = "reference", actor_resources(config)
     done = run_stage(ScoreRows, arguments, items, label=label, resources=resources, local=local, unit="piece")
@@ -148,8 +153,15 @@ def actor_resources(config: RunConfig) -> Resources:
     return Resources(cpus=scaling.cpus_per_worker, gpus=scaling.gpus_per_worker, actors=scaling.data_actors)
 
 
-def _pieces(lengths: np.ndarray) -> list[np.ndarray]:
-    """Positions, longest first (a row too long for memory fails at once), in pieces of about `PIECE_TOKENS`."""
-    order = np.argsort(-lengths, kind="stable")
-    piece = (np.cumsum(lengths[order]) - 1) // min(PIECE_TOKENS, max(1, int(lengths.sum()) // 8))
-    return np.split(order, np.flatnonzero(np.diff(piece)) + 1) if len(order) else []
+def _longest_first(lengths: np.ndarray) -> np.ndarray:
+    """Positions in the order of scoring: a row too long for memory fails at once."""
+    return np.argsort(-lengths, kind="stable").astype(position_type(len(lengths)))
+
+
+def _pieces(lengths: np.ndarray) -> list[tuple[int, int]]:
+    """Ranges (first, stop) of `_longest_first`, of about `PIECE_TOKENS` each, or as many as make `MOST_PIECES`."""
+    total = int(lengths.sum())
+    size = max(min(PIECE_TOKENS, max(1, total // 8)), total // MOST_PIECES)
+    piece = (np.cumsum(np.sort(lengths)[::-1], dtype=np.int64) - 1) // size
+    bounds = [0, *(np.flatnonzero(np.diff(piece)) + 1).tolist(), len(lengths)]
+    return list(pairwise(bounds)) if len(lengths) else []

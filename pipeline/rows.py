@@ -25,7 +25,7 @@ from pipeline.config import ConfigError, DataConfig
 from pipeline.contracts import REFERENCE_SCHEMA, ROW_SCHEMA, STATES_SCHEMA, Row
 from pipeline.durable import write_json
 from pipeline.errors import UserError
-from pipeline.order import MicroBatch
+from pipeline.order import MicroBatch, position_type
 
 MANIFEST = "manifest.json"
 _COLUMNS = tuple(field.name for field in fields(Row) if field.name in ROW_SCHEMA.names)
@@ -127,12 +127,12 @@ class Rows:
     def __init__(self, folder: Path, reference: Path | None = None, states: Path | None = None) -> None:
         table = _open_parts(folder, ROW_SCHEMA)
         ids = table.column("row_id").to_numpy()
-        order = np.argsort(ids, kind="stable")
-        self._table, self._order = table, order
-        self.row_ids: np.ndarray = ids[order]
-        self.source_index: np.ndarray = table.column("source_index").to_numpy()[order]
-        self.prompt_hash: np.ndarray = table.column("prompt_hash").to_numpy()[order]
-        self.lengths: np.ndarray = _lengths(table)[order]
+        # Parts are numbered as their records are, so that rows lie in order: no index is needed, which at a billion counts.
+        self._table, self._order = table, None if bool(np.all(ids[1:] > ids[:-1])) else np.argsort(ids, kind="stable")
+        self.row_ids: np.ndarray = self._ordered(ids)
+        self.source_index: np.ndarray = self._ordered(table.column("source_index").to_numpy())
+        self.prompt_hash: np.ndarray = self._ordered(table.column("prompt_hash").to_numpy())
+        self.lengths: np.ndarray = self._ordered(_lengths(table))
         self._reference: pa.Table | None = None
         if reference is not None:
             self._reference = _open_parts(reference, REFERENCE_SCHEMA)
@@ -148,13 +148,20 @@ class Rows:
         return len(self.row_ids)
 
     def __getitem__(self, position: int) -> Row:
-        place = int(self._order[position])
+        place = self._place(position)
         found = {name: _cell(self._table, name, place) for name in _COLUMNS}
         if self._reference is not None:
             found["ref_logprobs"] = _cell(self._reference, "ref_logprobs", int(self._reference_order[position]))
         if self._states is not None:
             found["ref_states"] = self._states_at(int(self._states_order[position]))
         return Row(**found)
+
+    def _ordered(self, column: np.ndarray) -> np.ndarray:
+        return column if self._order is None else column[self._order]
+
+    def _place(self, position: int) -> int:
+        """Where the table has the row."""
+        return int(position if self._order is None else self._order[position])
 
     def _states_at(self, place: int) -> torch.Tensor:
         """[n, D]; a copy, as the file is mapped read-only."""
@@ -165,7 +172,7 @@ class Rows:
 
     def source(self, position: int) -> str:
         """Where the row came from, `file:line`."""
-        return _cell(self._table, "source", int(self._order[position]))
+        return _cell(self._table, "source", self._place(position))
 
     def take(self, micro: MicroBatch) -> list[Row]:
         """The rows of a micro-batch; those of a filler have weight 0."""
@@ -181,9 +188,13 @@ class Rows:
             chosen = prompts[: int(np.ceil(data.eval_fraction * len(prompts)))]
             held_out = np.isin(self.prompt_hash, chosen)
             training = training & ~held_out
-        train = np.flatnonzero(training)
+        train = _positions(training)
         mixed = _mix(train, self.source_index[train], [source.share for source in data.sources], seed)
-        return Split(mixed, np.flatnonzero(held_out), len(train) - len(mixed))
+        return Split(mixed, _positions(held_out), len(train) - len(mixed))
+
+
+def _positions(chosen: np.ndarray) -> np.ndarray:
+    return np.flatnonzero(chosen).astype(position_type(len(chosen)))
 
 
 def _mix(train: np.ndarray, source: np.ndarray, shares: Sequence[float | None], seed: int) -> np.ndarray:
@@ -206,12 +217,12 @@ def _mix(train: np.ndarray, source: np.ndarray, shares: Sequence[float | None], 
 
 
 def _lengths(table: pa.Table) -> np.ndarray:
-    """Tokens of each packed row, from list offsets alone: no token is read."""
-    lengths = [np.zeros(0, dtype=np.int64)]
+    """Tokens of each packed row, from list offsets alone: no token is read. [n] int32"""
+    lengths = [np.zeros(0, dtype=np.int32)]
     for prompts, responses in zip(table.column("prompt_ids").chunks, table.column("response_ids").chunks, strict=True):
         # Offsets compose: the outer ones index responses, the inner ones index tokens.
         inner, outer = responses.values.offsets.to_numpy(), responses.offsets.to_numpy()
-        lengths.append(np.diff(prompts.offsets.to_numpy()).astype(np.int64) + np.diff(inner[outer]))
+        lengths.append(np.diff(prompts.offsets.to_numpy()) + np.diff(inner[outer]))
     return np.concatenate(lengths)
 
 
@@ -234,4 +245,4 @@ def _join(wanted: np.ndarray, found: np.ndarray, folder: Path) -> np.ndarray:
             f"{folder}: {len(missing)} rows are not in it (first row ids {missing[:5].tolist()}); "
             "delete the folder and run `qalign prepare` again"
         )
-    return order[places]
+    return order[places].astype(position_type(len(found)))

@@ -23,7 +23,7 @@ import pyarrow as pa
 from pipeline.arrow_files import ExtensionType, open_parquet
 from pipeline.columns import mapped
 from pipeline.config import ConfigError, Source, digest
-from pipeline.files import File, compression, one_line, open_binary, resolve
+from pipeline.files import File, compression, one_line, open_binary, resolve, size_of
 from pipeline.json_records import BYTE_ORDER_MARK, excerpt, parse_array, parse_line
 from pipeline.redaction import without_credentials
 
@@ -74,6 +74,10 @@ class Plan:
     records: int
 
 
+MOST_CHUNKS = 2**13
+"""Chunks of large sources, about: each becomes a task of Ray's and a file that every worker maps, and Linux allows a process 65,530 maps.
+(Parquet, whose content is larger than its file, makes some times as many.)"""
+
 _Span = tuple[int, int, int, int]
 """start, stop, first_line and records of a chunk to be."""
 
@@ -101,10 +105,12 @@ def plan(
     chunks: list[Chunk] = []
     contents: list[Any] = []
     record = first_record
-    for i, source in enumerate(sources):
+    found = [resolve(source, f"{key}.{i}", work) for i, source in enumerate(sources)]
+    chunk_bytes = max(chunk_bytes, sum(size_of(file.path) for files in found for file in files) // MOST_CHUNKS)
+    for i, (source, files) in enumerate(zip(sources, found, strict=True)):
         mapping = _mapping(source)
         contents.append(mapping)
-        for file in resolve(source, f"{key}.{i}", work):
+        for file in files:
             content = xxhash.xxh3_128()
             try:
                 spans = list(_scan(file, chunk_bytes, content))

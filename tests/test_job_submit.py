@@ -106,3 +106,16 @@ def test_sweep_through_ray_job_submit(head: dict[str, str], make_config, tmp_pat
     states = [json.loads(line)["state"] for line in (folder / "trials.jsonl").read_text().splitlines()]
     assert sorted(states) == ["finished", "finished", "running", "running"]
     assert (folder / "sweep.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("mode", ["disabled", "token"])
+def test_who_has_no_token_or_a_wrong_one_is_refused(head: dict[str, str], tmp_path: Path, mode: str) -> None:
+    wrong = tmp_path / "wrong"
+    wrong.write_text(secrets.token_hex(32))
+    trace = tmp_path / "trace"
+    stranger = head | {"RAY_AUTH_MODE": mode, "RAY_AUTH_TOKEN_PATH": str(wrong)}
+    command = [str(BIN / "ray"), "job", "submit", "--no-wait", "--", "touch", str(trace)]
+    told = subprocess.run(command, env=stranger, capture_output=True, text=True, timeout=120)
+    assert told.returncode != 0
+    assert re.search(r"401|403|[Uu]nauthori[sz]ed|[Aa]uthenticat|token", told.stdout + told.stderr), told.stderr
+    assert not trace.exists()

@@ -86,7 +86,7 @@ def test_rewards_turns_and_behaviour_come_back_and_fillers_keep_them(tmp_path: P
 
 def test_a_missing_reference_row_is_refused_by_number(tmp_path: Path) -> None:
     folder = write(tmp_path / "rows", [row(0), row(1), row(2)])
-    with pytest.raises(StaleCache, match=r"1 rows have no reference .*\[1\]"):
+    with pytest.raises(StaleCache, match=r"1 rows are not in it .*\[1\]"):
         Rows(folder, reference(tmp_path / "ref", [0, 2]))
 
 

@@ -68,3 +68,18 @@ def test_attempts_share_the_file_and_a_torn_line_is_left_out(tmp_path: Path) -> 
     start = last_start(tmp_path)
     assert start is not None
     assert (start["attempt"], start["workers"], start["step"]) == (2, 1, 20)
+
+
+def test_no_secret_is_in_an_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_SECRET", "swordfish-9")
+
+    def fail() -> None:
+        logging.getLogger("some.library").warning("no answer from %s", "http://user:pw-9@host/x")
+        raise OSError("swordfish-9 is refused")
+
+    with pytest.raises(OSError, match="swordfish"), RunLog(tmp_path, 0, 1):
+        fail()
+    log, failed = read_events(path_of(tmp_path, 0))
+    assert log["message"] == "no answer from http://***@host/x"
+    assert failed["error"] == "OSError: *** is refused"
+    assert "swordfish" not in failed["traceback"]
