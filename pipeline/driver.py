@@ -113,6 +113,7 @@ def prepare(config: RunConfig, local: bool = False, meanwhile: tuple[str, ...] =
     refuse_thoughts_under_kl(needs, model, frozen)
     if needs.latent != "none" and (assistant := assistant_of(config)) is not None:
         _check_vocabularies(config, model, assistant, "latent.assistant")
+        check_lengths(config, assistant)
     rows = data.prepare(config, model, local)
     _check_rows(config, rows)
     states = states_folder(config, rows, frozen, local) if needs.kl != "none" else None

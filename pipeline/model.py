@@ -165,8 +165,8 @@ def load_policy(
     """The policy of a run, from the folder or hub name that `pretrained.locate` gave.
 
     needs, frozen: what the objective asks of it, and the reference's weights, where that is an exact KL; `cached`: every
-    batch will bring the reference's states, so that of the reference only the head is kept.
-    new: the prior to start with where the objective asks for thoughts and `path` holds none; one that is there comes along.
+        batch will bring the reference's states, so that of the reference only the head is kept.
+    new: the prior to start with where `path` holds none; one that is there comes along in any case.
     """
 
     def load(source: str | Path) -> nn.Module:
@@ -178,7 +178,7 @@ def load_policy(
     reference = load(frozen).requires_grad_(False) if beside and frozen is not None else None
     if reference is not None and cached:
         reference = OutputHead(reference)
-    lm, new = load(path), new if needs is not None and needs.latent != "none" else None
+    lm = load(path)
     prior = prior_for(lm, str(path), config, new)
     if new is not None and new.latent.backbone == "frozen":
         lm.requires_grad_(False)

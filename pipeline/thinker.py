@@ -59,9 +59,13 @@ class NewPrior:
     seed: int = 0
 
 
-def new_prior(config: RunConfig) -> NewPrior:
-    """The prior that this configuration starts with, where its objective has one."""
-    return NewPrior(config.latent, assistant_of(config), config.seed)
+def new_prior(config: RunConfig) -> NewPrior | None:
+    """What this configuration's prior starts from, where its objective has one."""
+    return (
+        None
+        if config.objective.needed().latent == "none"
+        else NewPrior(config.latent, assistant_of(config), config.seed)
+    )
 
 
 def prior_for(lm: nn.Module, path: str, model: ModelConfig, new: NewPrior | None) -> Prior | None:

@@ -17,14 +17,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import pipeline.learner as learner_module
-from pipeline import checkpoint
+from pipeline import checkpoint, engine
 from pipeline.collate import collate
 from pipeline.config import RunConfig
 from pipeline.config_file import validate
 from pipeline.learner import Learner
 from pipeline.loop import train_step
 from tests.conftest import save_tiny_llama
-from tests.test_engine import shrink, warm_up
+from tests.test_engine import warm_up
 from tests.test_layout import config_of, rows_of
 
 pytestmark = pytest.mark.slow
@@ -73,7 +73,7 @@ def train(
 
 def work(rank: int, root: Path) -> None:
     torch.set_num_threads(1)
-    shrink(pytest.MonkeyPatch())
+    engine.PERSISTENT_NUMEL, engine.PART_BYTES = 0, 40_000
     os.environ["LOCAL_RANK"] = str(rank)  # as Ray Train sets it; DeepSpeed reads it at stage 3
     dist.init_process_group("gloo", store=dist.FileStore(str(root / "store"), 2), rank=rank, world_size=2)
     layout, found = [[0, 1]] if rank == 0 else [[2, 3]], {}
