@@ -148,7 +148,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
         def cluster() -> Machines:
             if not made:
-                made.append(stack.enter_context(machines(folder / "cluster")))
+                made.append(stack.enter_context(machines(folder / "cluster", takes_jobs=False)))
             return made[0]
 
         yield Bench(folder, True, cluster)

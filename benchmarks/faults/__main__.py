@@ -62,7 +62,7 @@ def run(names: Sequence[str], quick: bool) -> dict[str, Outcome]:
 
         def cluster() -> Machines:
             if not made:
-                made.append(stack.enter_context(machines(folder / "cluster")))
+                made.append(stack.enter_context(machines(folder / "cluster", "killed_supervisor" in names)))
             return made[0]
 
         bench = Bench(folder, quick, cluster)

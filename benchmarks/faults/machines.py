@@ -96,6 +96,7 @@ class Machines:
 
     folder: Path
     cpus: int  # of each worker node
+    takes_jobs: bool  # has a job server: ten more processes
     environment: dict[str, str] = field(default_factory=dict)  # of the nodes
     drivers: dict[str, str] = field(default_factory=dict)  # of a driver
     jobs: dict[str, str] = field(default_factory=dict)  # of `ray job submit`
@@ -125,8 +126,9 @@ class Machines:
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
         }
-        head = ["--head", f"--port={self._port}", "--num-cpus=0", "--dashboard-host=127.0.0.1"]
-        head += [f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}"]
+        head = ["--head", f"--port={self._port}", "--num-cpus=0", f"--ray-client-server-port={free_port()}"]
+        head += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+        head += [f"--include-dashboard={str(self.takes_jobs).lower()}"]
         self._sockets = Path(tempfile.mkdtemp(prefix="drill-"))  # their paths have to be short
         self._launch("127.0.0.1", [*head, f"--temp-dir={self._sockets}"])
         for _ in range(workers):
@@ -193,10 +195,10 @@ def _started(node: Node, log: Path) -> bool:
 
 
 @contextmanager
-def machines(folder: Path, workers: int = 2, cpus: int = 2) -> Iterator[Machines]:
+def machines(folder: Path, takes_jobs: bool, workers: int = 2, cpus: int = 2) -> Iterator[Machines]:
     """A cluster for the block."""
     folder.mkdir(parents=True, exist_ok=True)
-    made = Machines(folder, cpus)
+    made = Machines(folder, cpus, takes_jobs)
     try:
         made.start(workers)
         yield made
