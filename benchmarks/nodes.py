@@ -30,7 +30,7 @@ import psutil
 ROOT = Path(__file__).parent.parent
 RAY = Path(sys.executable).parent / "ray"
 STORE_BYTES = 100_000_000
-START_SECONDS = 120
+START_SECONDS, START_TRIES = 120, 3
 # Ports of its own for whatever else takes a fixed one, or one of a range that all nodes share.
 OWN_PORTS = ("--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0")
 
@@ -117,6 +117,14 @@ class LocalCluster:
         return (self._folder / f"{name}.log").read_text(errors="replace")
 
     def _start(self, arguments: list[str], environment: dict[str, str], name: str) -> Node:
+        """Ray gives a node 30 s to come up; on a busy machine it may need another try."""
+        for _ in range(START_TRIES):
+            node = self._try_to_start(arguments, environment, name)
+            if node is not None:
+                return node
+        raise RuntimeError(f"{name} did not start: {self.log(name)[-2000:]}")
+
+    def _try_to_start(self, arguments: list[str], environment: dict[str, str], name: str) -> Node | None:
         command = [str(RAY), "start", "--block", *arguments, *OWN_PORTS, f"--object-store-memory={STORE_BYTES}"]
         with (self._folder / f"{name}.log").open("w") as log:
             process = subprocess.Popen(
@@ -126,7 +134,8 @@ class LocalCluster:
         deadline = time.monotonic() + START_SECONDS
         while "Ray runtime started" not in self.log(name):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"{name} did not start: {self.log(name)[-2000:]}")
+                self._nodes.pop().kill()
+                return None
             time.sleep(0.2)
         return self._nodes[-1]
 

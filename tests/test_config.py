@@ -64,6 +64,14 @@ def test_yaml_overrides_defaults_and_overrides_override_yaml(file):
     assert (over.objective.beta, over.optimizer.lr, over.optimizer.clip, over.train.epochs) == (0.3, 1e-5, None, 7)
 
 
+def test_workers_are_a_number_or_bounds(file):
+    fixed, elastic = load(file, ["scaling.workers=3"]).scaling, load(file, ["scaling.workers=[2,4]"]).scaling
+    assert (fixed.elastic, fixed.least_workers, fixed.most_workers) == (False, 3, 3)
+    assert (elastic.elastic, elastic.least_workers, elastic.most_workers) == (True, 2, 4)
+    assert load(file, ["scaling.workers=[2,2]"]).scaling.workers == 2
+    assert validate(load(file, ["scaling.workers=[2,4]"]).dump()).scaling == elastic
+
+
 def test_overrides_reach_into_lists_and_replace_mappings(file):
     over = load(file, ["data.sources.1.path=a=b.jsonl", "data.sources.0.share=0.5", "data.sources.1.share=5e-1"])
     assert [source.path for source in over.data.sources] == ["first.jsonl", "a=b.jsonl"]
@@ -103,6 +111,46 @@ def test_nothing_changes_after_validation(file):
         ("optimizer.lr", float("nan"), "optimizer.lr: input should be a finite number, not nan"),
         ("optimizer.weight_decay", float("inf"), "optimizer.weight_decay: input should be a finite number, not inf"),
         ("train.rows_per_step", 0, "train.rows_per_step: input should be greater than or equal to 1, not 0"),
+        (
+            "scaling.workers",
+            [2, 1],
+            "scaling.workers: give a number of workers, or [min, max] with 1 ≤ min ≤ max for elastic training; not [2, 1]",
+        ),
+        (
+            "scaling.workers",
+            [0, 2],
+            "scaling.workers: give a number of workers, or [min, max] with 1 ≤ min ≤ max for elastic training; not [0, 2]",
+        ),
+        (
+            "scaling.workers",
+            [1, 2, 3],
+            "scaling.workers: give a number of workers, or [min, max] with 1 ≤ min ≤ max for elastic training; not [1, 2, 3]",
+        ),
+        (
+            "scaling.workers",
+            [],
+            "scaling.workers: give a number of workers, or [min, max] with 1 ≤ min ≤ max for elastic training; not []",
+        ),
+        (
+            "scaling.workers",
+            True,
+            "scaling.workers: give a number of workers, or [min, max] with 1 ≤ min ≤ max for elastic training; not True",
+        ),
+        (
+            "scaling.workers",
+            [True, 2],
+            "scaling.workers: give a number of workers, or [min, max] with 1 ≤ min ≤ max for elastic training; not [True, 2]",
+        ),
+        (
+            "scaling.workers",
+            0,
+            "scaling.workers: give a number of workers, or [min, max] with 1 ≤ min ≤ max for elastic training; not 0",
+        ),
+        (
+            "scaling.workers",
+            1.5,
+            "scaling.workers: give a number of workers, or [min, max] with 1 ≤ min ≤ max for elastic training; not 1.5",
+        ),
         ("scaling.zero_stage", 4, "scaling.zero_stage: input should be 0, 1, 2 or 3, not 4"),
         ("data.sources", [], "data.sources: tuple should have at least 1 item after validation, not 0, not []"),
         ("model", {}, "model.path: missing; set it"),

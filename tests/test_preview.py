@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from jobs.preview import preview, sample
+from jobs.preview import memory, preview, sample
 from pipeline.config import DataConfig, Source
 from pipeline.layouts import parse
 from pipeline.rendering import Renderer
@@ -51,3 +51,18 @@ def test_of_a_reference_whose_states_are_cached_the_head_alone_takes_memory(make
     )
     assert "           and a frozen reference beside it" in live
     assert "           and the head of a frozen reference beside it" in cached
+
+
+def test_an_elastic_run_shows_the_memory_of_its_fewest_workers(make_config, tmp_path: Path):
+    from transformers import LlamaConfig
+
+    LlamaConfig(hidden_size=1024, num_hidden_layers=4).save_pretrained(tmp_path / "model")
+
+    def shown(workers: str) -> tuple[str, str]:
+        config = make_config(f"scaling.workers={workers}", "scaling.zero_stage=3", "model.dtype=float32")
+        lines = memory(config, str(tmp_path / "model"), [100])
+        head = next(line for line in lines if line.startswith("memory"))
+        return head.partition("per worker ")[2], next(line.split("weights")[1] for line in lines if "weights " in line)
+
+    assert shown("[2,8]") == ("(with 2 of at most 8 workers, ZeRO-3):", shown("2")[1])
+    assert shown("[2,8]")[1] != shown("8")[1]

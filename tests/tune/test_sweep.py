@@ -40,11 +40,15 @@ def test_a_metric_that_needs_held_out_rows_is_refused_before_any_trial(make_conf
         sweep.run(make_config("sweep.space.objective.beta=[0.1]"), LOCAL)
 
 
-def test_a_configuration_without_a_sweep_and_early_stopping_in_one_process_are_refused(make_config) -> None:
+def test_a_configuration_without_a_sweep_early_stopping_in_one_process_and_elastic_workers_are_refused(
+    make_config,
+) -> None:
     with pytest.raises(ConfigError, match=r"^sweep: missing; add a section sweep"):
         sweep.run(make_config(), LOCAL)
     with pytest.raises(ConfigError, match=r"^sweep\.scheduler: --local runs one trial after the other"):
         sweep.run(make_config("sweep.space.objective.beta=[0.1]", "sweep.scheduler=asha"), LOCAL)
+    with pytest.raises(ConfigError, match=r"^scaling\.workers: a sweep's trials share workers .*give one number$"):
+        sweep.run(make_config("sweep.space.objective.beta=[0.1]", "scaling.workers=[1,2]"), LOCAL)
 
 
 def test_the_identity_is_what_changes_trials(make_config) -> None:
