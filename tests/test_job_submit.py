@@ -63,7 +63,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 def _await_agent(environment: dict[str, str]) -> None:
     """The job server answers before the node's agent, which starts jobs, has registered with it."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300  # a busy machine takes minutes
     probe = [str(BIN / "ray"), "job", "submit", "--no-wait", "--", "true"]
     while (probed := subprocess.run(probe, env=environment, capture_output=True, text=True)).returncode:
         assert time.monotonic() < deadline, probed.stderr
