@@ -52,6 +52,7 @@ def train(
     config: RunConfig, layout: Sequence[Sequence[int]], save: Path | None = None, resume: Path | None = None
 ) -> dict:
     """Steps (from SAVED on, where resumed) over this rank's micro-batches → metrics of each step, and all trained weights."""
+    torch.manual_seed(0)  # adapters start at random
     learner = Learner.start(config, config.model.path, None, torch.device("cpu"), resume)
     rows, lines = rows_of("trajectory"), []
     for step in range(SAVED if resume else 0, STEPS):

@@ -50,6 +50,9 @@ METHODS: dict[str, Method] = {
     "no_focus": _lta("LTA without the focus", focus_weight=0),
     "no_align": _lta("LTA without the alignment", align_weight=0),
     "no_nll": _lta("LTA without the likelihood", nll_weight=0),
+    "lta_places": Method(
+        "LTA, block that knows places", reasoning.merge(_lta("").config, {"latent": {"positions": True}})
+    ),
     "lta_mean": _lta("LTA, mean thought aligned", alignment="mean"),
     **{f"lta_{n}": _lta(f"LTA, n = {n}", n) for n in NUMBERS if n != USUAL},
 }
