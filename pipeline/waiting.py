@@ -10,6 +10,7 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def cluster_lines(address: str) -> list[str]:
     from ray.autoscaler.v2.sdk import get_cluster_status
     from ray.exceptions import RayError
 
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if _has_token():  # a Ray of this machine asks for it; to demand one that is not there would end this process
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         return lines_of(get_cluster_status(address, timeout=ANSWER_SECONDS))
     except (RayError, RuntimeError, OSError) as error:
@@ -52,6 +54,11 @@ def lines_of(cluster: ClusterStatus) -> list[str]:
     lines += [f"failed     {_failure(launch.ray_node_type_name, launch.details)}" for launch in cluster.failed_launches]
     lines += [f"gone       {_failure(kind, None)}" for kind in _kinds(cluster.failed_nodes)]
     return lines
+
+
+def _has_token() -> bool:
+    named = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    return named or (Path.home() / ".ray" / "auth_token").is_file()
 
 
 def _kinds(nodes: Iterable[object]) -> list[str]:
