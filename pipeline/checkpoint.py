@@ -107,7 +107,7 @@ def finish(folder: Path, state: Mapping[str, Any], attempt: Attempt) -> Path:
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "blake2b": digest_file(path)}
+    return {"size": path.stat().st_size, "xxh3": digest_file(path)}
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -147,7 +147,7 @@ def verify(folder: Path) -> None:
     """Compare every file with the manifest. Raises Corrupt."""
     try:
         files = json.loads((folder / MANIFEST).read_bytes())["files"]
-        entries = {str(name): (int(entry["size"]), str(entry["blake2b"])) for name, entry in files.items()}
+        entries = {str(name): (int(entry["size"]), str(entry["xxh3"])) for name, entry in files.items()}
         _ = entries[STATE]
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise Corrupt(f"{folder / MANIFEST}: missing") from None

@@ -20,13 +20,13 @@ import pyarrow as pa
 
 from pipeline.config import DataConfig, RunConfig, digest
 from pipeline.contracts import ROW_SCHEMA
-from pipeline.durable import write_json
+from pipeline.durable import digest_file, write_json
 from pipeline.errors import UserError
 from pipeline.layouts import parse
 from pipeline.pretrained import load_tokenizer
 from pipeline.records import Record
 from pipeline.rendering import Renderer
-from pipeline.rows import checksum, finish, is_finished, manifest, part_of, write_part
+from pipeline.rows import finish, is_finished, manifest, part_of, write_part
 from pipeline.sources import Chunk, RawRecord, plan, read
 from pipeline.stage import Item, Resources, run_stage
 
@@ -87,13 +87,13 @@ class PrepareChunk:
         counts, part = self.folder / f"counts-{number:06d}.json", part_of(self.folder, number)
         if counts.is_file() and part.is_file():  # written last: an earlier, interrupted call finished this chunk
             known = json.loads(counts.read_text())
-            if known["part"] == checksum(part):
+            if known["part"] == digest_file(part):
                 return known
         made = make_rows(Chunk(**item["chunk"]), self.render, self.mismatched)
         part = write_part(self.folder, number, pa.Table.from_pylist(made.rows, schema=ROW_SCHEMA))
         text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in made.bad)
         (self.folder / f"quarantine-{number:06d}.jsonl").write_text(text, encoding="utf-8")
-        result = {"part": checksum(part)} | made.counts()
+        result = {"part": digest_file(part)} | made.counts()
         write_json(counts, result)
         return result
 

@@ -5,7 +5,6 @@ Left out: what the files mean (`checkpoint`, `rows`).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,9 +15,14 @@ from typing import Any
 
 
 def digest_file(path: Path) -> str:
-    """BLAKE2b of a file's content, as hex; memory does not grow with the file."""
+    """XXH3 (128 bits) of a file's content, as hex: against damage, at several GB/s; memory does not grow with the file."""
+    import xxhash
+
+    content = xxhash.xxh3_128()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
+        while block := file.read(1 << 22):
+            content.update(block)
+    return content.hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -23,7 +23,7 @@ import torch
 from pipeline.arrow_files import ExtensionType, read_ipc
 from pipeline.config import ConfigError, DataConfig
 from pipeline.contracts import REFERENCE_SCHEMA, ROW_SCHEMA, STATES_SCHEMA, Row
-from pipeline.durable import write_json
+from pipeline.durable import digest_file, write_json
 from pipeline.errors import UserError
 from pipeline.order import MicroBatch, position_type
 
@@ -50,20 +50,9 @@ def part_of(folder: Path, number: int) -> Path:
     return folder / f"part-{number:06d}.arrow"
 
 
-def checksum(part: Path) -> str:
-    """Hash of a part's content; several GB/s."""
-    import xxhash
-
-    content = xxhash.xxh3_128()
-    with part.open("rb") as file:
-        while block := file.read(1 << 22):
-            content.update(block)
-    return content.hexdigest()
-
-
 def finish(folder: Path, parts: int, meta: dict[str, Any]) -> None:
     """Declare the folder complete: its parts with sizes and checksums, and what it was made of."""
-    found = {path.name: [path.stat().st_size, checksum(path)] for path in (part_of(folder, i) for i in range(parts))}
+    found = {path.name: [path.stat().st_size, digest_file(path)] for path in (part_of(folder, i) for i in range(parts))}
     write_json(folder / MANIFEST, {"parts": found, **meta})
 
 
@@ -73,7 +62,7 @@ def is_finished(folder: Path) -> bool:
         parts = manifest(folder)["parts"]
     except StaleCache:
         return False
-    return all(checksum(folder / name) == known for name, (_, known) in parts.items())
+    return all(digest_file(folder / name) == known for name, (_, known) in parts.items())
 
 
 def manifest(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -222,34 +221,35 @@ def _read_array(chunk: Chunk) -> Iterator[_Part]:
 
 
 def _read_parquet(chunk: Chunk) -> Iterator[_Part]:
-    """Rows of the chunk. Where the file is damaged, the rest of them have an error: nothing is lost uncounted."""
-    done = chunk.start
+    with open_binary(chunk.path) as stream:
+        file = open_parquet(stream)
+        first = 0
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            low, high = max(chunk.start, first), min(chunk.stop, first + rows)
+            if low < high:
+                yield from _read_group(file, group, first, low, high)
+            first += rows
+
+
+def _read_group(file: Any, group: int, first: int, low: int, high: int) -> Iterator[_Part]:
+    """Rows low…high of a row group that begins at row `first`; what lies before is decoded again, which is cheap beside the rest.
+
+    Where the group is damaged, the rest of its rows have an error: nothing is lost uncounted.
+    """
+    done = low
     try:
-        for part in _decoded(chunk):
-            done = part[0]
-            yield part
+        for batch in file.iter_batches(batch_size=1024, row_groups=[group]):
+            start, stop = max(low - first, 0), min(high - first, batch.num_rows)
+            if start < stop:
+                for number, (value, error) in enumerate(_rows(batch.slice(start, stop - start)), first + start + 1):
+                    yield number, value, error, excerpt(value)
+                    done = number
+            first += batch.num_rows
     except (OSError, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the system or the network, not of the decoder
             raise
-        yield from (
-            (number, None, "unreadable parquet: the file is damaged", "") for number in range(done + 1, chunk.stop + 1)
-        )
-
-
-def _decoded(chunk: Chunk) -> Iterator[_Part]:
-    """Rows of the groups that overlap the chunk; what lies before it is decoded again, which is cheap beside the rest."""
-    with open_binary(chunk.path) as stream:
-        file = open_parquet(stream)
-        stops = list(accumulate(file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)))
-        starts = [0, *stops[:-1]]
-        groups = [i for i in range(len(stops)) if starts[i] < chunk.stop and stops[i] > chunk.start]
-        position = starts[groups[0]] if groups else 0
-        for batch in file.iter_batches(batch_size=1024, row_groups=groups):
-            low, high = max(chunk.start - position, 0), min(chunk.stop - position, batch.num_rows)
-            if low < high:
-                for number, (value, error) in enumerate(_rows(batch.slice(low, high - low)), position + low + 1):
-                    yield number, value, error, excerpt(value)
-            position += batch.num_rows
+    yield from ((number, None, "unreadable parquet: the file is damaged", "") for number in range(done + 1, high + 1))
 
 
 def _rows(batch: pa.RecordBatch) -> list[tuple[dict[str, Any] | None, str | None]]:

@@ -12,7 +12,8 @@ from benchmarks.faults.bench import Bench, Outcome
 from benchmarks.faults.machines import ROOT, DrillError, kill
 from benchmarks.faults.materials import settings, write_pairs
 from benchmarks.faults.runs import PATIENCE
-from pipeline.rows import checksum, manifest
+from pipeline.durable import digest_file
+from pipeline.rows import manifest
 
 ACTOR = "ray::MapWorker"
 STAGES = {"rows": "simpo", "reference": "dpo"}
@@ -68,4 +69,4 @@ def _kill_an_actor(bench: Bench, storage: Path, stage: str, driver: subprocess.P
 def _made(storage: Path, stage: str) -> dict[str, str]:
     """The checksums of a finished folder's parts; the folder's own name says what they are made of."""
     (folder,) = storage.glob(f"cache/{stage}-*")
-    return {f"{folder.name}/{name}": checksum(folder / name) for name in manifest(folder)["parts"]}
+    return {f"{folder.name}/{name}": digest_file(folder / name) for name in manifest(folder)["parts"]}
