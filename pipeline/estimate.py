@@ -106,7 +106,8 @@ def state_bytes(
     From stage 1 on the optimizer's part has float32 master weights beside the moments, in float32 training as well; offloaded, it lies
     in the host's memory. Buckets, in which gradients are reduced, are bounded (`engine.BUCKET_NUMEL`) and left out.
     """
-    shares = (("optimizer", 1), ("gradients", 2), ("weights", 3))
+    # In float32 DeepSpeed shares gradients out at stage 1 already, bucket by bucket.
+    shares = (("optimizer", 1), ("gradients", 1 if dtype_bytes == 4 else 2), ("weights", 3))
     share = {part: workers if stage >= least else 1 for part, least in shares}
     master = 4 if stage >= 1 or dtype_bytes < 4 else 0
     gradient = dtype_bytes if stage == 0 else GRADIENT_BYTES

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from pipeline import data, estimate, reference
+from pipeline import checkpoint, data, estimate, reference
 from pipeline.config_file import validate
 from pipeline.estimate import Network, RowSize
 from pipeline.order import MicroBatch, position_type, step_rows
@@ -172,10 +172,16 @@ class Net(nn.Module):
         return x.float().sum()
 
 
-def held() -> int:
-    """Bytes of all tensors in this process, each storage once."""
-    tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, nn.Parameter)]
-    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+def tensors() -> list[torch.Tensor]:
+    """All tensors in this process."""
+    gc.collect()
+    return [found for found in gc.get_objects() if type(found) in (torch.Tensor, nn.Parameter)]
+
+
+def held(known: list[torch.Tensor]) -> int:
+    """Bytes of all tensors, each storage once, but for those that were known before (and live on: no address is used twice)."""
+    storages = {s.data_ptr(): s.nbytes() for s in (found.untyped_storage() for found in tensors())}
+    return sum(storages.values()) - sum(storages.get(p, 0) for p in {t.untyped_storage().data_ptr() for t in known})
 
 
 def work(rank: int, world: int, root: str, cases: list[tuple[int, str]]) -> None:
@@ -198,8 +204,7 @@ def measure(stage: int, dtype: str, root: Path) -> dict[str, float]:
 
     plain = {"kind": "preference", "sources": [{"path": "x"}]}
     settings = {"model": {"path": "x", "dtype": dtype}, "objective": {"name": "dpo"}, "scaling": {"zero_stage": stage}}
-    gc.collect()
-    before = held()
+    before = tensors()
     net = Net().to(getattr(torch, dtype))
     count = sum(p.numel() for p in net.parameters())
     engine = Engine(net, validate({"data": plain} | settings), "cpu")
@@ -209,13 +214,13 @@ def measure(stage: int, dtype: str, root: Path) -> dict[str, float]:
         loss = engine(x) * 1e-6
         engine.backward(loss, last=micro == 1)
         del loss
-        gc.collect()
-        found["state"] = max(found["state"], (held() - before) / count)
+        found["state"] = max(found["state"], held(before) / count)
     engine.step(1e-6)
     folder = root / f"checkpoint-{stage}-{dtype}"
     folder.mkdir(exist_ok=True)
     dist.barrier()
-    engine.save(folder)
+    for name, part in engine.parts():
+        checkpoint.write_tensors(folder / name, part)
     dist.barrier()
     found["checkpoint"] = sum(p.stat().st_size for p in folder.glob("*.safetensors")) / count
     engine.close()
