@@ -51,3 +51,10 @@ def agree(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def greatest(value: int, device: torch.device) -> int:
+    """The greatest of all ranks' values, on all ranks."""
+    found = torch.tensor(value, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)

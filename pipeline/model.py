@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pipeline import latent as thinking
 from pipeline.config import ConfigError, LoraSection, ModelConfig
 from pipeline.contracts import Batch, Needs, PolicyOut
+from pipeline.distributed import greatest
 from pipeline.ops import token_statistics
 from pipeline.pretrained import load_causal_lm, precision
 from pipeline.thinker import NewPrior, prior_for
@@ -86,7 +87,12 @@ class Policy(nn.Module):
         ids = batch.response_ids[batch.response_mask]  # [N]
         vocabulary = self.lm.config.get_text_config().vocab_size
         reference = None if self.kl == "none" else (self._reference_states(batch), self._reference_logits)
-        logprobs, kl = token_statistics(states, ids, self.project, vocabulary, reference=reference, kl=self.kl)
+        head = list(self.lm.get_output_embeddings().parameters())
+        partitioned = any(hasattr(p, "ds_id") for p in head)  # ZeRO-3: each call of it gathers its weights
+        longest = greatest(len(ids), ids.device) if partitioned else len(ids)
+        # A frozen weight that is partitioned again is not there any more when a repeated chunk's gradient wants it.
+        again = not partitioned or any(p.requires_grad for p in head)
+        logprobs, kl = token_statistics(states, ids, self.project, vocabulary, reference, self.kl, longest, again)
         return PolicyOut(
             logprobs=unflatten(logprobs, batch.response_mask),
             kl=unflatten(kl, batch.response_mask) if kl is not None else None,

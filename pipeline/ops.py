@@ -39,6 +39,8 @@ def token_statistics(
     vocabulary: int,
     reference: tuple[Tensor, Projection] | None = None,
     kl: Literal["none", "forward", "reverse"] = "none",
+    longest: int | None = None,
+    recompute: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probability of each token, and the KL of the whole next-token distributions, without ever holding all logits.
 
@@ -46,28 +48,43 @@ def token_statistics(
     nats. forward = KL(π_ref ‖ π), reverse = KL(π ‖ π_ref). Logits exist for one chunk at a time; beyond `KEPT_BYTES` they are
     recomputed in the backward pass. No gradient reaches the reference. Logits are float32 inside the chunk whatever `hidden`'s type, because
     a bfloat16 logsumexp over a large vocabulary is off by several percent.
+
+    longest: the most tokens that any rank has, where `project` is collective: all then call it equally often; default N.
+    recompute: False keeps all chunks for the backward pass.
     """
     assert hidden.dim() == 2 and ids.shape == hidden.shape[:1]
     assert (reference is None) == (kl == "none"), "a KL needs a reference, and nothing else does"
     if reference is None:
-        return _in_chunks(partial(_logprobs, project), (hidden, ids), vocabulary)[0], None
+        return _in_chunks(partial(_logprobs, project), (hidden, ids), vocabulary, longest, recompute)[0], None
     states, ref_project = reference
     assert states.shape[:1] == ids.shape
     chunk = partial(_logprobs_and_kl, project, ref_project, kl)
-    logprobs, divergence = _in_chunks(chunk, (hidden, ids, states), 2 * vocabulary)
+    logprobs, divergence = _in_chunks(chunk, (hidden, ids, states), 2 * vocabulary, longest, recompute)
     return logprobs, divergence
 
 
-def _in_chunks(function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], width: int) -> list[Tensor]:
-    """function over the first dimension of `inputs`, as many rows at a time as `width` floats each leave room for."""
-    chunks = -(-len(inputs[0]) * 4 * width // LOGIT_CHUNK_BYTES)
-    rows = max(1, -(-len(inputs[0]) // max(1, chunks)))
-    learns = torch.is_grad_enabled() and inputs[0].requires_grad
-    # An empty batch still goes through once: every rank has to reach the head for collectives to match.
+def _in_chunks(
+    function: Callable[..., tuple[Tensor, ...]],
+    inputs: tuple[Tensor, ...],
+    width: int,
+    longest: int | None,
+    recompute: bool,
+) -> list[Tensor]:
+    """function over the first dimension of `inputs`, as many rows at a time as `width` floats each leave room for.
+
+    The number of calls, and which are repeated in the backward pass, follow from `longest` alone: a rank with fewer rows
+    makes the last calls with none.
+    """
+    most = max(1, len(inputs[0]) if longest is None else longest)
+    rows = -(-most // -(-most * 4 * width // LOGIT_CHUNK_BYTES))
+    again = recompute and torch.is_grad_enabled() and inputs[0].requires_grad
     parts = []
-    for i, chunk in enumerate(zip(*(x.split(rows) for x in inputs), strict=True)):
-        recompute = learns and (i * rows + len(chunk[0])) * 4 * width > KEPT_BYTES
-        parts.append(checkpoint(function, *chunk, use_reentrant=False) if recompute else function(*chunk))
+    for start in range(0, most, rows):
+        chunk = [x[start : start + rows] for x in inputs]
+        if again and min(start + rows, most) * 4 * width > KEPT_BYTES:
+            parts.append(checkpoint(function, *chunk, use_reentrant=False))
+        else:
+            parts.append(function(*chunk))
     return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LOCKS = ("base", "demo", "dev", "optuna", "throughput")
+LOCKS = ("base", "coherence", "demo", "dev", "optuna", "throughput")
 COMMAND = ("pip-audit", "--no-deps", "--disable-pip", "--format=json", "--progress-spinner=off")
 
 

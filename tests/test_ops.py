@@ -156,6 +156,25 @@ def test_token_statistics_equal_the_plain_formulas(kl, rows_per_chunk, monkeypat
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("rows", [0, 2, 7, 11])
+def test_all_ranks_call_the_head_equally_often(rows, monkeypatch):
+    """Whose rows end earlier goes on with none: 4 chunks of 3 for the longest of 11; those behind the kept 6 run twice."""
+    monkeypatch.setattr(ops, "LOGIT_CHUNK_BYTES", 4 * VOCABULARY * 3)
+    monkeypatch.setattr(ops, "KEPT_BYTES", 4 * VOCABULARY * 6)
+    head, _, hidden, _, ids = _two_models(rows)
+    calls = []
+
+    def project(states: Tensor) -> Tensor:
+        calls.append(len(states))
+        return head(states)
+
+    got = ops.token_statistics(hidden, ids, project, VOCABULARY, longest=11)[0]
+    assert len(calls) == 4 and sum(calls) == rows
+    torch.testing.assert_close(got, _plain(hidden, ids, head))
+    got.sum().backward()
+    assert len(calls) == 6
+
+
 def test_forward_and_reverse_kl_worked():
     """π = (¼, ¾), π_ref = (½, ½): forward ½ log 2 + ½ log ⅔, reverse ¼ log ½ + ¾ log 3/2."""
     states, same = torch.tensor([[0.25, 0.75]]).log(), torch.nn.Identity()
