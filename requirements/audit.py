@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LOCKS = ("base", "coherence", "demo", "dev", "optuna", "throughput")
 COMMAND = ("pip-audit", "--no-deps", "--disable-pip", "--format=json", "--progress-spinner=off")
 
 
@@ -54,7 +53,7 @@ def read(report: dict[str, Any]) -> Verdict:
 
 def main(folder: Path, programs: Path) -> int:
     """Audit the lock files in `folder` with the pip-audit in `programs`."""
-    files = [argument for name in LOCKS for argument in ("-r", str(folder / f"{name}.lock"))]
+    files = [argument for lock in sorted(folder.glob("*.lock")) for argument in ("-r", str(lock))]
     command = [str(programs / COMMAND[0]), *COMMAND[1:], *files]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:

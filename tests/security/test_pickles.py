@@ -18,7 +18,7 @@ from pipeline.config import ConfigError, Source
 from pipeline.durable import digest_file
 from pipeline.evaluation.classifier import Classifier, _load
 from pipeline.pretrained import load_backbone, load_causal_lm, load_scorer
-from pipeline.rows import MANIFEST, Rows, StaleCache, checksum, part_of
+from pipeline.rows import MANIFEST, Rows, StaleCache, part_of
 from pipeline.sources import plan, read
 from tests.conftest import save_tiny_llama
 from tests.security.bombs import armed_column, pickled, saved
@@ -140,7 +140,7 @@ def replant(folder: Path, content: pa.Table | bytes) -> None:
         with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, content.schema) as writer:
             writer.write_table(content)
     manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["parts"][part.name] = [part.stat().st_size, checksum(part)]
+    manifest["parts"][part.name] = [part.stat().st_size, digest_file(part)]
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -260,10 +260,10 @@ def test_a_checkpoint_with_a_pickle_is_refused_even_when_its_manifest_vouches_fo
     weights.write_bytes(saved(trace))
     (final / "weights-00002-of-00002.pt").write_bytes(saved(trace))
     manifest = json.loads((final / checkpoint.MANIFEST).read_text())
-    manifest["files"][weights.name] = {"size": weights.stat().st_size, "blake2b": digest_file(weights)}
+    manifest["files"][weights.name] = {"size": weights.stat().st_size, "xxh3": digest_file(weights)}
     (final / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     assert checkpoint.latest(run) == final
-    with pytest.raises(checkpoint.Corrupt, match=r"weights-00001-of-00001\.safetensors: .*deserializing header"):
+    with pytest.raises(checkpoint.Corrupt, match=r"weights-00001-of-00001\.safetensors: .*header"):
         checkpoint.load_into({"w": torch.zeros(2)}, final)
     (final / checkpoint.STATE).write_bytes(pickled(trace))
     assert checkpoint.latest(run) is None
