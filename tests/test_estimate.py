@@ -259,3 +259,28 @@ def test_the_document_is_what_the_formulas_say() -> None:
     from benchmarks.scaling_estimates import FILE, document
 
     assert FILE.read_text(encoding="utf-8") == document(), "run python -m benchmarks.scaling_estimates --write"
+
+
+# -------------------------------------------------------------------------------------- pieces of large data
+
+
+def test_large_data_is_cut_into_no_more_pieces_than_ray_and_linux_bear(tmp_path: Path, monkeypatch) -> None:
+    from pipeline import sources
+    from pipeline.config import Source
+    from pipeline.reference import _longest_first, _pieces
+    from tests.conftest import write_pairs
+
+    path = write_pairs(tmp_path / "pairs.jsonl", 400)
+    lengths = np.random.default_rng(0).integers(1, 500, 5000).astype(np.int32)
+    assert len(sources.plan([Source(path=str(path))], tmp_path, chunk_bytes=300).chunks) > 50
+    assert len(_pieces(lengths)) == pytest.approx(lengths.sum() / reference.PIECE_TOKENS, abs=1)
+    monkeypatch.setattr(sources, "MOST_CHUNKS", 10)
+    monkeypatch.setattr(reference, "MOST_PIECES", 7)
+    planned = sources.plan([Source(path=str(path))], tmp_path, chunk_bytes=300)
+    assert 5 <= len(planned.chunks) <= 10
+    assert planned.records == 400
+    pieces = _pieces(lengths)
+    assert 7 <= len(pieces) <= 8
+    assert [first for first, _ in pieces[1:]] == [stop for _, stop in pieces[:-1]]
+    assert (pieces[0][0], pieces[-1][1]) == (0, 5000)
+    assert (np.diff(lengths[_longest_first(lengths)]) <= 0).all()

@@ -65,3 +65,19 @@ def test_ranks_get_equal_tokens_where_nothing_is_padded() -> None:
         dealt = micro_batches(range(16), lengths, 2, 4096, padded=False)
         tokens = [sum(int(lengths[list(m.rows)].sum()) for m in mine) for mine in dealt]
         assert max(tokens) < 1.1 * min(tokens)
+
+
+@given(lengths, st.integers(0, 5), st.integers(0, 5), st.integers(1, 9))
+def test_the_order_is_the_one_that_runs_began_with(lengths: np.ndarray, seed: int, epoch: int, per_step: int) -> None:
+    """Window by window, with 64-bit positions: a killed run must go on in its old order."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
+    for start in range(0, len(order), 8 * per_step):
+        part = order[start : start + 8 * per_step]
+        order[start : start + 8 * per_step] = part[np.argsort(lengths[part], kind="stable")]
+    steps = [order[start : start + per_step] for start in range(0, len(order), per_step)]
+    expected = [steps[i].tolist() for i in np.random.default_rng([seed, epoch, 1]).permutation(len(steps))]
+    few = lengths % 7 + 1  # ties: which of equal rows comes first is part of the order
+    assert [step.tolist() for step in step_rows(lengths, seed, epoch, per_step)] == expected
+    assert [s.tolist() for s in step_rows(few, seed, epoch, per_step)] == [
+        s.tolist() for s in step_rows(few.astype(np.int64) + 2**16, seed, epoch, per_step)
+    ]
