@@ -41,7 +41,7 @@ class Size:
     quick: bool = False  # fewer settings, and a review model that was trained for less long
 
 
-FULL = Size("full", training_prompts=2000, steps=100, prompts=128, copies=4)
+FULL = Size("full", training_prompts=3000, steps=200, prompts=128, copies=4)
 QUICK = Size("quick", training_prompts=200, steps=8, prompts=8, copies=1, quick=True)
 
 
@@ -121,7 +121,7 @@ def _aligned(storage: str, size: Size, reference: str, name: str, records: Seque
         "data": {"kind": "preference", "sources": [{"path": str(data)}], "max_length": MAX_LENGTH, "append_eos": False},
         "objective": {"name": "dpo", "beta": BETA},
         "optimizer": {"lr": 3e-4, "warmup_steps": 10},
-        "train": {"rows_per_step": 32, "max_steps": size.steps, "tokens_per_micro_batch": 4096},
+        "train": {"rows_per_step": 32, "epochs": 3, "max_steps": size.steps, "tokens_per_micro_batch": 4096},
         "checkpoint": {"every": 100, "keep": 1, "export_dtype": "float32"},
         "tracking": {"experiment": "decoding"},
     }
