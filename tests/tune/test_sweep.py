@@ -108,8 +108,8 @@ def test_an_interrupted_trial_goes_on_from_its_checkpoint(three, monkeypatch: py
 
     config, saved = three(), loop.Saver.save
 
-    def interrupted(self, *arguments) -> None:
-        saved(self, *arguments)
+    def interrupted(self, *arguments, wait: bool) -> None:
+        saved(self, *arguments, wait=True)  # committed, not only begun
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loop.Saver, "save", interrupted)
