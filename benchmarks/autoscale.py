@@ -124,9 +124,7 @@ class Autoscaled:
 
     def _look(self) -> None:
         while not self._stop.wait(LOOK_SECONDS):
-            status = self.cluster.status()
-            alive = [*status.active_nodes, *status.idle_nodes]
-            count = sum(node.ray_node_type_name == "worker" for node in alive)
+            count = self.cluster.alive().count("worker")
             if not self.seen or self.seen[-1][1] != count:
                 self.seen.append((time.monotonic(), count))
 

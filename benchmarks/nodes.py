@@ -11,6 +11,7 @@ ended by process id when the context is left.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import secrets
 import shutil
@@ -20,10 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -80,6 +81,10 @@ class LocalCluster:
         """Of jobs that are to run on this cluster."""
         self._autoscaling, self._head_environment = autoscaling, head or {}
         self._nodes: list[Node] = []
+        # A process connects with one token only, and this one may be connected to another cluster.
+        tokens = {key: self.environment[key] for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")}
+        spawned = multiprocessing.get_context("spawn")
+        self._asker = ProcessPoolExecutor(1, spawned, initializer=_identify, initargs=(tokens,))
 
     def __enter__(self) -> LocalCluster:
         command = ["--head", f"--port={self.port}", "--num-cpus=0", "--include-dashboard=false"]
@@ -101,6 +106,7 @@ class LocalCluster:
         end([process for node in self._nodes for process in _family(node.process.pid)])
         for node in self._nodes:
             node.process.wait()
+        self._asker.shutdown(cancel_futures=True)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def add_node(self, cpus: float = 1, **environment: str) -> Node:
@@ -108,9 +114,9 @@ class LocalCluster:
         command = [f"--address={self.address}", f"--num-cpus={cpus:g}", "--node-ip-address=127.0.0.1"]
         return self._start(command, environment, f"node{len(self._nodes)}")
 
-    def status(self) -> Any:
-        """Ray's `ClusterStatus`: nodes, demands, launches."""
-        return ask_status(self.address, self.environment)
+    def alive(self) -> list[str]:
+        """The kinds of the nodes that are there, by Ray's own account."""
+        return self._asker.submit(_kinds, self.address).result()
 
     def log(self, name: str = "head") -> str:
         """What a node's processes printed."""
@@ -140,13 +146,15 @@ class LocalCluster:
         return self._nodes[-1]
 
 
-def ask_status(address: str, environment: dict[str, str]) -> Any:
-    """Ray's view of a cluster. This process must not be connected to another one with another token."""
-    for key in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
-        os.environ[key] = environment[key]
+def _identify(tokens: dict[str, str]) -> None:
+    os.environ.update(tokens)
+
+
+def _kinds(address: str) -> list[str]:
     from ray.autoscaler.v2.sdk import get_cluster_status
 
-    return get_cluster_status(address)
+    status = get_cluster_status(address)
+    return [str(node.ray_node_type_name) for node in (*status.active_nodes, *status.idle_nodes)]
 
 
 def free_port() -> int:
