@@ -80,6 +80,10 @@ def run_job(job: ModuleType, argv: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at the first large tensor; see `pipeline.cluster`
+    if not options.local and not getattr(options, "dry_run", False) and not getattr(options, "status", False):
+        from pipeline.cluster import begin_imports
+
+        begin_imports()
 
     from pipeline.config_file import load
     from pipeline.errors import Leaving, UserError

@@ -6,9 +6,10 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from pipeline.config import ConfigError, RunConfig
+from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pipeline.config import RunConfig
     from pipeline.decoding.pieces import Piece
     from pipeline.decoding.task import DecodingTask
 

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.config import ConfigError, RunConfig
+from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pipeline.config import RunConfig
     from pipeline.evaluation.results import Evaluation
     from pipeline.evaluation.study import Study
 

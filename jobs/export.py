@@ -5,8 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pipeline.config import ConfigError, RunConfig
+from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
 
 HELP = "Export a checkpoint (default: the newest of this configuration's run) as safetensors with its tokenizer."
 

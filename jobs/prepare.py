@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
-from pipeline.config import RunConfig
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
 
 HELP = "Read, validate, tokenise and (where the objective asks for it) score records with the reference. Cached."
 

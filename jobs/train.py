@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
-from pipeline.config import RunConfig
 from pipeline.report.falling import FALLING, chosen_falls
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
 
 HELP = "Prepare data, train the objective, export the model, track in MLflow. Run it again to continue a killed run."
 

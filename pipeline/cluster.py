@@ -5,9 +5,15 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import sys
 import threading
+from typing import TYPE_CHECKING
 
-from pipeline.config import ConfigError, RunConfig
+from pipeline.errors import ConfigError
+from pipeline.fork_server import ForkServer
+
+if TYPE_CHECKING:
+    from pipeline.config import RunConfig
 
 ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -16,6 +22,25 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "THP_MEM_ALLOC_ENABLE": "1",  # large tensors on huge pages: a seventh of a training step went into page faults
 }
+
+LOCAL_ENVIRONMENT = {
+    # Nothing preempts one's own machine: an actor less to start.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # Ray's C++ side warns on our terminal of things that only its own log files are for.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    # The Python processes that Ray would have ready are none that a fork server made.
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
+}
+
+_server: ForkServer | None = None
+
+
+def begin_imports() -> None:
+    """Have a process import what workers on this machine need, beside whatever this one does until `connect`."""
+    global _server
+    if _server is None and not os.environ.get("RAY_ADDRESS") and sys.platform == "linux":
+        _server = ForkServer(ENVIRONMENT)
 
 
 def import_beside(*modules: str) -> None:
@@ -30,7 +55,7 @@ def connect(config: RunConfig) -> None:
 
     if ray.is_initialized():
         return
-    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
+    _set_environment(ENVIRONMENT)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": ENVIRONMENT})
         return
@@ -41,9 +66,28 @@ def connect(config: RunConfig) -> None:
             f"scaling.workers: {config.scaling.least_workers} workers of {config.scaling.cpus_per_worker:g} CPUs do not fit this "
             f"machine's {cpus}; lower scaling.workers or scaling.cpus_per_worker, or submit to a cluster"
         )
-    # Nothing preempts one's own machine: an actor less to start.
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    # Ray's C++ side warns on our terminal of things that only its own log files are for.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    _set_environment(LOCAL_ENVIRONMENT)
+    python = _python(config.scaling.gpus_per_worker > 0)
     # Workers' prints stay in Ray's log files: what a person should know comes through the run's log (see `progress`).
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"py_executable": python} if python else None,
+    )
+
+
+def _set_environment(variables: dict[str, str]) -> None:
+    """What a user has set stays."""
+    os.environ.update({key: value for key, value in variables.items() if key not in os.environ})
+
+
+def _python(gpus: bool) -> str | None:
+    """The program that Ray runs workers with on this machine; None: the ordinary Python."""
+    begin_imports()
+    if _server is not None and gpus:
+        _server.close()  # a library that looks for GPUs while it is imported leaves none to the forks
+        return None
+    return _server.python if _server is not None else None

@@ -14,8 +14,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, model_validator
 
 from pipeline.contracts import Objective
+from pipeline.errors import ConfigError
 from pipeline.objectives import OBJECTIVES, resolve
-from pipeline.sections.base import Attention, ConfigError, Count, Fraction, Name, Positive, Precision, Section
+from pipeline.sections.base import Attention, Count, Fraction, Name, Positive, Precision, Section
 from pipeline.sections.data import DataConfig, Source, TrajectoryColumns
 from pipeline.sections.latent import LatentConfig
 from pipeline.sections.model import LoraSection, ModelConfig

@@ -97,14 +97,18 @@ def check_lengths(config: RunConfig, model: str) -> None:
         )
 
 
-def prepare(config: RunConfig, local: bool = False, meanwhile: tuple[str, ...] = ()) -> Prepared:
-    """Weights located, rows tokenised, reference scored; all cached. meanwhile: modules to import while Ray starts."""
+def prepare(config: RunConfig, local: bool = False, train: bool = False) -> Prepared:
+    """Weights located, rows tokenised, reference scored; all cached. train: begin to start Ray Train meanwhile."""
     check(config, local)
     cache = Path(config.storage) / "cache"
     model = locate(config.model.path, cache)
     if not local:
-        cluster.import_beside("transformers.models.auto.tokenization_auto", *meanwhile)
+        cluster.import_beside("transformers.models.auto.tokenization_auto", *(["pipeline.elastic"] if train else []))
         cluster.connect(config)
+        if train:
+            from pipeline.elastic import start_coordinator
+
+            start_coordinator()
     check_lengths(config, model)
     frozen = locate(config.model.reference, cache, "model.reference") if config.model.reference else model
     needs = config.objective.needed()
@@ -168,7 +172,7 @@ def fit(config: RunConfig, local: bool = False, report: Callable[[Result, Tracke
     `report` is called with the exported result while the MLflow run is still open, for what else belongs to it.
     Raises ConfigError, data.DataError, loop.Diverged: one line each; Leaving where SIGTERM ended a run without Ray.
     """
-    prepared = prepare(config, local, meanwhile=("ray.train.torch",))
+    prepared = prepare(config, local, train=True)
     run, identity = open_run(config, prepared)
     tracker = start(config, run, identity)
     if (run / EXPORT).is_dir():

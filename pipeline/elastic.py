@@ -53,6 +53,11 @@ def set_environment(scaling: ScalingConfig) -> None:
         os.environ.setdefault(key, value)
 
 
+def start_coordinator() -> None:
+    """Have the actor started that Ray Train will ask for room, while there is other work to do."""
+    get_or_create_autoscaling_coordinator()
+
+
 class GaveUp(Exception):
     """Starting the workers again and again does not help."""
 

@@ -185,17 +185,21 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     from pipeline.cluster import ENVIRONMENT
+    from pipeline.fork_server import ForkServer
 
     os.environ.update(ENVIRONMENT)
+    server = ForkServer(ENVIRONMENT)
     ray.init(
         address="local",
         num_cpus=2,
         include_dashboard=False,
         object_store_memory=300_000_000,
         logging_level=logging.ERROR,
+        runtime_env={"py_executable": server.python},
     )
     yield
     ray.shutdown()
+    server.close()
 
 
 @pytest.fixture

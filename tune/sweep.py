@@ -12,12 +12,12 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.config import ConfigError, RunConfig
-from pipeline.errors import Leaving
+from pipeline.errors import ConfigError, Leaving
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from pipeline.config import RunConfig
     from pipeline.tracking import Tracker
     from tune.plan import Sweep
     from tune.record import Recorder

@@ -6,12 +6,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.errors import UserError
-
-
-class ConfigError(UserError, ValueError):
-    """A configuration that cannot work: one line that names the key and the remedy."""
-
 
 class Section(BaseModel):
     """A part of the configuration: frozen, and refuses keys it does not know."""
