@@ -6,7 +6,10 @@ import importlib
 import logging
 import os
 import sys
+import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError
@@ -68,15 +71,32 @@ def connect(config: RunConfig) -> None:
         )
     _set_environment(LOCAL_ENVIRONMENT)
     python = _python(config.scaling.gpus_per_worker > 0)
-    # Workers' prints stay in Ray's log files: what a person should know comes through the run's log (see `progress`).
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        runtime_env={"py_executable": python} if python else None,
-    )
+    with _without_line(b"Set ray log level"):  # said each time the level is set
+        # Workers' prints stay in Ray's log files: what a person should know comes through the run's log (see `progress`).
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"py_executable": python} if python else None,
+        )
+
+
+@contextmanager
+def _without_line(words: bytes) -> Iterator[None]:
+    """What comes on standard error meanwhile is shown at the end, without lines that have these words. (C++ writes to the file
+    itself, past `sys.stderr`.)"""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as aside, os.fdopen(os.dup(2), "wb") as shown:
+        os.dup2(aside.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(shown.fileno(), 2)
+            aside.seek(0)
+            shown.writelines(line for line in aside if words not in line)
 
 
 def _set_environment(variables: dict[str, str]) -> None:
