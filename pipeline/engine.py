@@ -326,7 +326,9 @@ def _settings(config: RunConfig, clip: float | None, bf16: bool, device: torch.d
         "train_micro_batch_size_per_gpu": 1,  # a formality: micro-batches vary, and `backward` divides by nothing
         "gradient_accumulation_steps": 1,
         "zero_optimization": zero,
-        "bf16": {"enabled": bf16},
+        # At stage 1 DeepSpeed adds what a parameter's `grad` holds to the float32 sum after each micro-batch, and leaves it there
+        # for the next one to be added to: the first of n would count n times. Immediately, it is added and gone.
+        "bf16": {"enabled": bf16, "immediate_grad_update": True},
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32" if stage > 0 else None},  # stage 0 knows only the working type
         "gradient_clipping": (clip or 0.0) if stage > 0 or bf16 else 0.0,  # `step` clips

@@ -249,8 +249,10 @@ def _my_batches(
     chosen: np.ndarray, rows: Rows, config: RunConfig, learner: Learner, carried: Mapping[str, float]
 ) -> list[Batch]:
     """This rank's micro-batches of the chosen rows."""
-    budget = config.train.tokens_per_micro_batch
-    dealt = micro_batches(chosen, rows.lengths + learner.places, dist.get_world_size(), budget, learner.padded)
+    lengths, budget = rows.lengths + learner.places, config.train.tokens_per_micro_batch
+    world = dist.get_world_size()
+    # Ray Train starts no more workers than `most_workers`; other launchers may.
+    dealt = micro_batches(chosen, lengths, world, budget, learner.padded, max(world, config.scaling.most_workers))
     return [replace(collate(rows.take(micro)), carried=carried).to(learner.device) for micro in dealt[dist.get_rank()]]
 
 

@@ -115,23 +115,28 @@ class Plan:
 
 
 def micro_batches(
-    step: Sequence[int], lengths: np.ndarray, workers: int, budget: int, padded: bool = True
+    step: Sequence[int], lengths: np.ndarray, workers: int, budget: int, padded: bool = True, most: int | None = None
 ) -> list[list[MicroBatch]]:
     """Deal a step's rows out: [workers][n] micro-batches, the same n for every worker.
 
     A micro-batch costs its tokens, or where rows are `padded`, as many of the longest; that cost is as even as possible, so
     that ranks wait little for each other, and at most `budget`. A row longer than the budget gets a micro-batch of its own.
+
+    most: as many workers as there can be (default: `workers`). The rows that share a micro-batch depend on this number alone, not
+    on how many workers are there now: what is computed in low precision rounds the same way before and after a resize.
     """
+    most = most or workers
+    assert workers <= most
     rows = sorted((int(i) for i in step), key=lambda i: (-lengths[i], i))
     cost, cut = (_padded_cost, _like_bins) if padded else (_cost, _level_bins)
     rounds = 1
     while True:
-        bins = cut(rows, lengths, workers * rounds, budget)
+        bins = cut(rows, lengths, most * rounds, budget)
         if all(len(b) == 1 or cost(b, lengths) <= budget for b in bins):
             break
         rounds += 1
     dealt = [MicroBatch(tuple(b)) for b in sorted(bins, key=lambda b: -cost(b, lengths))]
-    dealt += [MicroBatch((rows[-1],), filler=True)] * (workers * rounds - len(dealt))
+    dealt += [MicroBatch((rows[-1],), filler=True)] * (-len(dealt) % workers)
     return [dealt[rank::workers] for rank in range(workers)]
 
 

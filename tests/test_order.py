@@ -51,6 +51,18 @@ def test_a_step_is_dealt_out_without_loss_and_within_the_budget(
         assert len(m.rows) == 1 or (max(own) * len(own) if padded else sum(own)) <= budget
 
 
+@given(lengths, st.integers(1, 6), st.integers(16, 400), st.booleans())
+def test_what_is_computed_together_does_not_depend_on_how_many_workers_are_there(
+    lengths: np.ndarray, most: int, budget: int, padded: bool
+) -> None:
+    def together(workers: int) -> set[tuple[int, ...]]:
+        dealt = micro_batches(range(len(lengths)), lengths, workers, budget, padded, most)
+        assert len({len(mine) for mine in dealt}) == 1
+        return {m.rows for mine in dealt for m in mine if not m.filler}
+
+    assert all(together(workers) == together(most) for workers in range(1, most))
+
+
 def test_ranks_get_equal_cost() -> None:
     lengths = np.random.default_rng(0).lognormal(5, 0.6, 256).astype(int) + 1
     dealt = micro_batches(range(256), lengths, 4, 8192)
