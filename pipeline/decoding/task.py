@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline import cluster, driver
+from pipeline import cluster, driver, preflight
 from pipeline.config import ConfigError, RunConfig, digest
 from pipeline.decoding import DECODERS
 from pipeline.decoding.contract import Decoder, Role, context_of
@@ -123,7 +123,7 @@ def _world(config: RunConfig, local: bool) -> _World:
         prepared = driver.prepare(config, local)
         own, _ = driver.open_run(config, prepared)
         return _World(config.checkpoint_from or str(own), prepared.frozen, prepared.model, own, prepared.rows)
-    driver.check(config, local)
+    preflight.check(config, local)
     cache, own = Path(config.storage) / "cache", config.model
     tokenizer = locate(own.path, cache)
     reference = locate(own.reference, cache, "model.reference") if own.reference else tokenizer
