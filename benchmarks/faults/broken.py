@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.faults.machines import DrillError
+from benchmarks.faults.errors import DrillError
 from benchmarks.faults.materials import write_model
 from benchmarks.throughput.memory import PeakPss
 from benchmarks.throughput.prepare import write_records

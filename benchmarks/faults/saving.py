@@ -25,7 +25,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.faults.machines import DrillError
+from benchmarks.faults.errors import DrillError
 from benchmarks.throughput.memory import peak_resident, reset_peak
 from benchmarks.throughput.ours import Ours
 from benchmarks.throughput.report import GIB, machine, table
