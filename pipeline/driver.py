@@ -16,6 +16,7 @@ from pipeline.config import RunConfig, digest
 from pipeline.durable import write_json
 from pipeline.errors import Leaving
 from pipeline.export import EXPORT, RUN_FILE, export
+from pipeline.fencing import Lease
 from pipeline.gauges import Gauges
 from pipeline.loop import Job, train_worker
 from pipeline.order import Plan
@@ -189,7 +190,7 @@ def _train(config: RunConfig, prepared: Prepared, run: Path, tracker: Tracker, l
             gauges.step(step, metrics)
 
     tick = (lambda: None) if gauges is None else gauges.tick
-    with checkpoint.Lease(run), Monitor(run, plan.total_steps, told, introduce, tick):
+    with Lease(run), Monitor(run, plan.total_steps, told, introduce, tick):
         if local:
             train_worker(job.plain())
         else:

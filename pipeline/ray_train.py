@@ -10,9 +10,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint
 from pipeline.durable import write_json
 from pipeline.errors import Leaving, UserError
+from pipeline.fencing import next_attempt
 from pipeline.loop import Job, train_worker
 from pipeline.progress import ERROR_FILE, RAY_FILE, tell
 from pipeline.redaction import redact
@@ -48,7 +48,7 @@ def train_on_ray(job: Job) -> None:
         ),
         torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker else "gloo"),
         run_config=RayRunConfig(
-            name=f"{job.run.name}-{checkpoint.next_attempt(job.run)}",  # a name used before would continue Ray's own state
+            name=f"{job.run.name}-{next_attempt(job.run)}",  # a name used before would continue Ray's own state
             storage_path=str(job.run / "ray"),
             failure_config=FailureConfig(max_failures=-1),  # the hooks count
             callbacks=[elastic.Hooks(job.run, scaling.max_failures)],
