@@ -12,6 +12,7 @@ import torch
 
 from pipeline import data
 from pipeline.config import ConfigError, RunConfig
+from pipeline.optimizer import check_offload
 from pipeline.order import Plan
 from pipeline.pretrained import load_config, load_tokenizer
 from pipeline.rows import Rows
@@ -32,8 +33,6 @@ def check(config: RunConfig, local: bool = False) -> None:
     except OSError as error:
         raise ConfigError(f"storage: cannot be written ({error}); name another folder") from None
     if config.scaling.offload_optimizer:
-        from pipeline.engine import check_offload
-
         check_offload()
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import shutil
-import time
 import weakref
 from collections.abc import Iterator
 from multiprocessing import forkserver
@@ -25,9 +23,10 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pipeline import checkpoint, engine, ops
-from pipeline.config import ConfigError, OptimizerConfig, RunConfig
+from pipeline import checkpoint, engine, ops, zero
+from pipeline.config import RunConfig
 from pipeline.config_file import validate
+from pipeline.optimizer import lr_at
 
 VOCABULARY, WIDTH, ROWS, TOKENS, STEPS, SAVED = 65, 32, 4, 12, 4, 2
 SCALE = ROWS * (TOKENS - 1)
@@ -103,7 +102,7 @@ def train(
             total += loss.detach()
         dist.all_reduce(total)
         losses.append(total.item())
-        norms.append(trainer.step(engine.lr_at(step, STEPS, settings.optimizer)))
+        norms.append(trainer.step(lr_at(step, STEPS, settings.optimizer)))
         if save is not None and step + 1 == SAVED:
             saved = trainer.steps, list(trainer.parts(copied=True))
     weights = {name: trainer._gather(name, None).clone() for name in trainer._trained}
@@ -153,7 +152,7 @@ def plain(steps: int = STEPS) -> dict[str, Any]:
         loss.backward()
         norms.append(nn.utils.clip_grad_norm_(policy.parameters(), 0.5).item())
         for group in adam.param_groups:
-            group["lr"] = engine.lr_at(step, STEPS, settings)
+            group["lr"] = lr_at(step, STEPS, settings)
         adam.step()
         adam.zero_grad()
         losses.append(loss.item())
@@ -164,7 +163,7 @@ def plain(steps: int = STEPS) -> dict[str, Any]:
 
 
 def shrink(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine, "PERSISTENT_NUMEL", 0)  # partition every parameter, however small
+    patch.setattr(zero, "PERSISTENT_NUMEL", 0)  # partition every parameter, however small
     patch.setattr(engine, "PART_BYTES", 40_000)  # several files per rank
     patch.setattr(ops, "LOGIT_CHUNK_BYTES", 4 * VOCABULARY * 5)  # five tokens per chunk
 
@@ -384,32 +383,6 @@ def test_moments_that_are_missing_are_not_taken_for_zero(alone: Path, one: dict[
         engine.Engine(Tiny(), config(0), "cpu", folder)
 
 
-# --------------------------------------------------------------------------------------------- without training
-
-
-def test_learning_rate_by_hand() -> None:
-    cosine = OptimizerConfig(lr=1.0, warmup_steps=3, final_lr_fraction=0.2)
-    assert [engine.lr_at(i, 11, cosine) for i in range(4)] == [0.25, 0.5, 0.75, 1.0]
-    assert engine.lr_at(7, 11, cosine) == pytest.approx(0.6)  # half way from 3 to 11: (1 + 0.2) / 2
-    assert engine.lr_at(5, 11, cosine) == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 4)))
-    assert engine.lr_at(11, 11, cosine) == pytest.approx(0.2)
-    linear = OptimizerConfig(lr=2.0, schedule="linear", warmup_fraction=0.2)  # 10 steps: 2 of warm-up
-    assert [engine.lr_at(i, 10, linear) for i in (0, 1, 2, 4, 6, 9)] == pytest.approx([2 / 3, 4 / 3, 2, 1.5, 1, 0.25])
-    constant = OptimizerConfig(lr=3.0, schedule="constant", warmup_steps=0, final_lr_fraction=0.1)
-    assert {engine.lr_at(i, 5, constant) for i in range(6)} == {3.0}
-    assert engine.lr_at(0, 1, OptimizerConfig(lr=1.0)) == 1.0
-
-
-def test_offload_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(ConfigError, match=r"^scaling\.offload_optimizer: needs a C\+\+ compiler and ninja; .*=false$"):
-        engine.check_offload()
-    for name in ("g++", "ninja"):
-        (tmp_path / name).touch(0o755)
-    engine.check_offload()
-
-
 # ----------------------------------------------------------------------------------------------- wide matrix
 
 
@@ -447,17 +420,3 @@ def test_offloaded_optimizer(stage: int, dtype: str, alone: Path) -> None:
     assert_equal(result, train(settings, resume=folder, start=SAVED, seed=9))
     expected = train(config(stage, dtype))
     assert result["losses"] == pytest.approx(expected["losses"], abs=1e-5 if dtype == "float32" else 2e-3)
-
-
-def test_a_lock_that_a_killed_build_left_does_not_block_for_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    lock = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
-    lock.parent.mkdir(parents=True)
-    lock.touch()
-    engine._drop_stale_build_lock()
-    assert lock.exists()  # somebody may be building now
-    os.utime(lock, (time.time() - engine.BUILD_SECONDS - 1,) * 2)
-    engine._drop_stale_build_lock()
-    assert not lock.exists()
