@@ -24,8 +24,9 @@ LOOK_AT_BYTES = 16 * 2**20
 def preview(config: RunConfig) -> str:
     """A report for people. Raises the errors that the job itself would raise."""
     from pipeline import data, preflight
+    from pipeline.model_files import locate
     from pipeline.order import steps_per_epoch
-    from pipeline.pretrained import load_tokenizer, locate
+    from pipeline.pretrained import load_tokenizer
     from pipeline.sources import plan
 
     preflight.check(config)

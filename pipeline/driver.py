@@ -19,8 +19,9 @@ from pipeline.export import EXPORT, RUN_FILE, export
 from pipeline.fencing import Lease
 from pipeline.gauges import Gauges
 from pipeline.loop import Job, train_worker
+from pipeline.model_files import fingerprint, locate
 from pipeline.order import Plan
-from pipeline.pretrained import fingerprint, locate, precision
+from pipeline.pretrained import precision
 from pipeline.progress import METRICS_FILE, Monitor, read_metrics
 from pipeline.ray_train import train_on_ray
 from pipeline.redaction import redacted

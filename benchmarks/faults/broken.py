@@ -180,7 +180,7 @@ def page(found: dict[int, dict[str, Any]]) -> str:
 
 
 def _smollm2(folder: Path) -> Path:
-    from pipeline.pretrained import locate
+    from pipeline.model_files import locate
 
     return Path(locate("package:smollm2", folder / "cache"))
 

@@ -21,7 +21,8 @@ from pipeline.decoding.pieces import Piece, check_room, pieces_of_rows, pieces_o
 from pipeline.decoding.transfer_q import check_indirect
 from pipeline.decoding.vllm_engine import choose
 from pipeline.durable import write_json
-from pipeline.pretrained import fingerprint, load_config, locate, precision
+from pipeline.model_files import fingerprint, locate
+from pipeline.pretrained import load_config, precision
 from pipeline.rows import Rows
 from pipeline.sources import plan
 from pipeline.thinker import check_thoughts, thoughts_of
