@@ -24,7 +24,7 @@ from pipeline.config_file import validate
 from pipeline.learner import Learner
 from pipeline.loop import train_step
 from tests.conftest import save_tiny_llama
-from tests.test_engine import warm_up
+from tests.engine_runs import warm_up
 from tests.test_layout import config_of, rows_of
 
 pytestmark = pytest.mark.slow
