@@ -100,7 +100,7 @@ class Autoscaled:
         port = free_port()
         self._file = Path(tempfile.mkdtemp(prefix="qalign-")) / "cluster.yaml"
         self._file.write_text(yaml.safe_dump(fake_cloud(port, most)))
-        self.cluster = LocalCluster(self._file, HEAD_ENVIRONMENT, port)
+        self.cluster = LocalCluster(head=HEAD_ENVIRONMENT, autoscaling=self._file, port=port)
         self.seen: list[tuple[float, int]] = []  # (time.monotonic(), nodes) at each change
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look, name="autoscaled", daemon=True)

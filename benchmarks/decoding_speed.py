@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from pipeline.config import DecodingConfig, SamplingConfig
 from pipeline.decoding import beam, transfer_q
 from pipeline.decoding.contract import Prompt, Tools
-from pipeline.pretrained import load_causal_lm, locate, precision
+from pipeline.model_files import locate
+from pipeline.pretrained import load_causal_lm, precision
 
 Run = Callable[[], list[list[int]]]
 

@@ -75,7 +75,8 @@ def run(config: RunConfig, options: argparse.Namespace) -> None:
 def prepare(config: RunConfig, options: argparse.Namespace) -> Setting:
     """Sample and score the prompts; write the pairs as the jsonl files that `fit` reads."""
     from pipeline import cluster
-    from pipeline.pretrained import load_tokenizer, locate, precision
+    from pipeline.model_files import locate
+    from pipeline.pretrained import load_tokenizer, precision
     from pipeline.rendering import Renderer
 
     dtype = str(precision(config.model.dtype)).removeprefix("torch.")

@@ -122,7 +122,8 @@ def _check_model(config: RunConfig, path: str, key: str) -> None:
     """Raises ConfigError where a run, checkpoint, folder or name cannot be a model."""
     from pipeline import checkpoint
     from pipeline.export import RUN_FILE
-    from pipeline.pretrained import load_config, locate
+    from pipeline.model_files import locate
+    from pipeline.pretrained import load_config
 
     folder = Path(path).expanduser()
     if not (folder / RUN_FILE).is_file() and not (folder / checkpoint.STATE).is_file():

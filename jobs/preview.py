@@ -23,15 +23,16 @@ LOOK_AT_BYTES = 16 * 2**20
 
 def preview(config: RunConfig) -> str:
     """A report for people. Raises the errors that the job itself would raise."""
-    from pipeline import data, driver
+    from pipeline import data, preflight
+    from pipeline.model_files import locate
     from pipeline.order import steps_per_epoch
-    from pipeline.pretrained import load_tokenizer, locate
+    from pipeline.pretrained import load_tokenizer
     from pipeline.sources import plan
 
-    driver.check(config)
+    preflight.check(config)
     cache = Path(config.storage) / "cache"
     model = locate(config.model.path, cache)
-    driver.check_lengths(config, model)
+    preflight.check_lengths(config, model)
     if config.model.reference:
         locate(config.model.reference, cache, "model.reference")
     tokenizer = load_tokenizer(model, config.model.trust_remote_code)

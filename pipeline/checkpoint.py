@@ -1,32 +1,24 @@
-"""Checkpoints on a shared file system: layout, checksums, atomic commit, fencing of stale writers, retention.
+"""Checkpoints on a shared file system: layout, checksums, retention.
 
     <run>/checkpoints/step-00000020/   weights-00001-of-00002.safetensors …   float32 parameters by name
                                        moments-00001-of-00002.safetensors …   exp_avg/<name>, exp_avg_sq/<name>
                                        critic-weights-… and critic-moments-…  the same of the critic, where there is one
                                        state.json                             what the caller wants back: step, best, …
                                        manifest.json                          name → size and checksum of the rest
-    <run>/attempt, attempt.lock, lease                                        who may commit
 
-A checkpoint is written aside (`.step-00000020.<attempt>`), its manifest last, flushed, and renamed into place: a folder
-named `step-…` is whole or damaged, never half written. Only the newest attempt at a run may commit, and only while its
-driver lives: workers were seen to go on after their driver was killed.
+A checkpoint is written aside, its manifest last, flushed, and renamed into place: a folder named `step-…` is whole or
+damaged, never half written.
 
-Left out: how tensors get out of and into a trainer (`engine`), and any communication between ranks.
+Left out: how tensors get out of and into a trainer (`engine`), and who may rename it into place (`fencing`).
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
-import math
 import os
 import re
-import threading
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +31,8 @@ from pipeline.errors import UserError
 logger = logging.getLogger(__name__)
 
 FOLDER, STATE, MANIFEST, SEAL = "checkpoints", "state.json", "manifest.json", ".seal"
-LEASE_SECONDS = 15.0
 _NAME = re.compile(r"step-\d{8,}")
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
-
-
-class Superseded(UserError, RuntimeError):
-    """This attempt may not commit: a newer one has begun, or its driver is gone."""
 
 
 class Corrupt(UserError, ValueError):
@@ -85,10 +72,10 @@ def deal(sizes: Mapping[str, int], parts: int) -> list[list[str]]:
     return dealt
 
 
-def finish(folder: Path, state: Mapping[str, Any], attempt: Attempt) -> Path:
-    """Complete the temporary checkpoint `folder`, all of whose tensors are written, and commit it as step `state["step"]`.
+def finish(folder: Path, state: Mapping[str, Any]) -> None:
+    """Complete the checkpoint `folder`, all of whose tensors are written: its state, then its manifest.
 
-    Returns its final path. Raises Superseded, and Corrupt when a file is not what its writer sealed.
+    Raises Corrupt when a file is not what its writer sealed.
     """
     write_json(folder / STATE, state)
     entries = {}
@@ -101,9 +88,6 @@ def finish(folder: Path, state: Mapping[str, Any], attempt: Attempt) -> Path:
             raise Corrupt(f"{path}: its writer sealed another size; is the storage shared by all workers?")
         seal.unlink(missing_ok=True)
     write_json(folder / MANIFEST, {"files": entries})
-    final = path_of(attempt.run, int(state["step"]))
-    attempt.commit(folder, final)
-    return final
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -217,145 +201,3 @@ def prune(run: Path, keep: int, best: Path | None = None) -> None:
     for folder in saved(run)[:-keep]:
         if folder != best:
             discard(folder)
-
-
-# ------------------------------------------------------------------------------------------------ fencing
-
-
-def next_attempt(run: Path) -> int:
-    """The number that the next attempt will get if nobody else begins one first. Raises Corrupt."""
-    path = run / "attempt"
-    if not path.exists():
-        return 1
-    try:
-        return int(path.read_bytes()) + 1
-    except ValueError:
-        raise Corrupt(f"{path}: no number; write the number of the last attempt into it, or a large one") from None
-
-
-def refuse_superseded(run: Path, number: int) -> None:
-    """Raises Superseded, one line, unless attempt `number` is the newest."""
-    if (newest := next_attempt(run) - 1) != number:
-        raise Superseded(f"{run}: attempt {number} may not commit, attempt {newest} has taken over")
-
-
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """The right to commit checkpoints of a run, until a newer attempt begins or the driver is gone."""
-
-    run: Path
-    number: int
-    leased: bool  # a driver had a lease on the run when this began: from then on it has to keep it fresh
-    lease_seconds: float = LEASE_SECONDS
-
-    @classmethod
-    def begin(cls, run: Path, lease_seconds: float = LEASE_SECONDS) -> Attempt:
-        """Take the next number; from now on older attempts cannot commit, and what they left half written is removed.
-
-        Raises Superseded when a driver had a lease on this run and let it expire: whoever starts this outlived it.
-        """
-        (run / FOLDER).mkdir(parents=True, exist_ok=True)
-        leased = (run / "lease").exists()
-        if leased:
-            _await_driver(run, lease_seconds)
-        with _lock(run):
-            number = next_attempt(run)
-            write_json(run / "attempt", number)
-            for leftover in (run / FOLDER).glob(".step-*"):
-                discard(leftover)
-        return cls(run, number, leased, lease_seconds)
-
-    def temporary(self, step: int) -> Path:
-        """A new empty folder, on the run's own file system, to write the checkpoint of `step` into."""
-        folder = path_of(self.run, step).with_name(f".step-{step:08d}.{self.number}")
-        discard(folder)
-        folder.mkdir()
-        return folder
-
-    def commit(self, temporary: Path, final: Path) -> None:
-        """Rename a complete temporary checkpoint into place. Raises Superseded, one line."""
-        if self.leased:
-            _await_driver(self.run, self.lease_seconds)
-        with _lock(self.run):
-            refuse_superseded(self.run, self.number)
-            if temporary.is_dir() or not final.is_dir():  # else an earlier call failed behind the renaming
-                flush(temporary)
-                discard(final)  # if there is one: it did not verify, and its step was trained again
-                temporary.rename(final)
-            flush(final.parent)
-
-
-class Lease:
-    """A driver's sign of life: a context that touches `<run>/lease` every `interval` seconds from a thread.
-
-    On leaving, the lease expires at once but stays: workers that are still alive then may not go on committing. Entering
-    raises Superseded when another driver is renewing the lease: two drivers would only take the run from each other.
-    """
-
-    def __init__(self, run: Path, interval: float = 1.0) -> None:
-        self._path, self._interval = run / "lease", interval
-        self._stop, self._away = threading.Event(), False
-        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
-
-    def __enter__(self) -> Lease:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        if _lease_age(self._path.parent) < LEASE_SECONDS:
-            self._refuse_company()
-        self._path.touch()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        os.utime(self._path, (0, 0))
-
-    def _refuse_company(self) -> None:
-        """The lease was renewed a moment ago: by a driver that lives (it will be again), or by one that was killed."""
-        seen = self._path.stat().st_mtime_ns
-        until = time.monotonic() + 5 * self._interval
-        while time.monotonic() < until:
-            if self._path.stat().st_mtime_ns != seen:
-                raise Superseded(
-                    f"{self._path.parent}: another driver is training this run; wait for it or stop it first"
-                )
-            time.sleep(self._interval / 5)
-
-    def _renew(self) -> None:
-        while not self._stop.wait(self._interval):
-            try:
-                self._path.touch()
-            except OSError as error:  # storage out of reach for a moment: workers wait, so keep trying
-                if not self._away:
-                    logger.warning("storage: %s; still trying", error)
-                self._away = True
-            else:
-                if self._away:
-                    logger.warning("storage: works again")
-                self._away = False
-
-
-def _await_driver(run: Path, lease_seconds: float) -> None:
-    """Return once the lease is fresh. Raises Superseded when nobody renews it within `lease_seconds`.
-
-    Waiting is for a machine that was suspended: its worker may wake up before its driver's thread does.
-    """
-    until = time.monotonic() + lease_seconds
-    while _lease_age(run) > lease_seconds:
-        if time.monotonic() > until:
-            raise Superseded(f"{run}: its driver is gone; start the same command again to go on")
-        time.sleep(min(0.2, lease_seconds / 10))
-
-
-def _lease_age(run: Path) -> float:
-    """Seconds since the last renewal, both ends by the file server's clock."""
-    clock, lease = run / "attempt.lock", run / "lease"
-    clock.touch()
-    return clock.stat().st_mtime - lease.stat().st_mtime if lease.exists() else math.inf
-
-
-@contextmanager
-def _lock(run: Path) -> Iterator[None]:
-    with (run / "attempt.lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -1,4 +1,6 @@
-"""DeepSpeed behind four calls: forward, backward, step, parts (to save). The only file that imports it.
+"""DeepSpeed behind four calls: forward, backward, step, parts (to save).
+
+Nobody else imports it, but for `zero`, which starts it, and `optimizer`, which takes its Adam for the host.
 
     engine = Engine(policy, config, device, resume)
     engine.backward(loss, last=…)  per micro-batch;  engine.step(lr)  per optimizer step
@@ -9,21 +11,16 @@ Only parameters with `requires_grad` are trained, saved and loaded.
 A checkpoint knows neither stage nor rank count: parameters and their Adam moments are gathered one at a time in float32
 and dealt out to the ranks as writers. At the same stage and rank count, to go on from one is bit-equal to not having stopped.
 
-Left out: the learning-rate schedule's state (`lr_at` is a function of the step), what a loss is (`objectives`), and
-when to save and who may (`loop`, `checkpoint`).
+Left out: the learning rate, which comes with each step (`optimizer`), what a loss is (`objectives`), and when to save and
+who may (`loop`, `fencing`).
 """
 
 from __future__ import annotations
 
 import gc
-import logging
 import math
 import os
-import shutil
-import sys
-import time
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -33,52 +30,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline import checkpoint
-from pipeline.config import ConfigError, OptimizerConfig, RunConfig
+from pipeline.config import OptimizerConfig, RunConfig
+from pipeline.optimizer import adamw, step_count
 from pipeline.pretrained import precision
-
-logger = logging.getLogger(__name__)
+from pipeline.zero import initialize, settings_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-PERSISTENT_NUMEL = 100_000
-"""ZeRO-3 keeps parameters below this size gathered between uses: partitioning them costs more time than it saves memory."""
-BUCKET_NUMEL = 200_000_000
-"""Gradient elements reduced at a time, at most."""
-BUILD_SECONDS = 900
-"""No build of DeepSpeed's CPU Adam takes longer; a lock that is older guards nothing."""
 PART_BYTES = 2**29
 """Weights in one checkpoint file, about: what a rank holds beside its own state while saving (with moments, three times)."""
-
-
-def lr_at(step: int, total_steps: int, config: OptimizerConfig) -> float:
-    """Learning rate of optimizer step `step` (from 0) of `total_steps`.
-
-    Rises linearly over the warm-up w (never 0: the first step is not wasted), is `lr` at step w, then falls towards
-    `final_lr_fraction` · lr, which it would reach at step `total_steps`.
-    """
-    warmup = round(config.warmup_fraction * total_steps) if config.warmup_steps is None else config.warmup_steps
-    if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
-    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    held = total_steps - config.decay_fraction * total_steps
-    shape = {
-        "constant": 1.0,
-        "linear": 1.0 - done,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * done)),
-        "hold_decay": min(1.0, max(0.0, total_steps - step) / max(1e-9, total_steps - held)),
-    }[config.schedule]
-    floor = 1.0 if config.schedule == "constant" else config.final_lr_fraction
-    return config.lr * (floor + (1.0 - floor) * shape)
-
-
-def check_offload() -> None:
-    """Raises ConfigError unless this machine can build DeepSpeed's CPU Adam (happens once, at the first use)."""
-    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
-    found = {"a C++ compiler": any(map(shutil.which, compilers)), "ninja": shutil.which("ninja") is not None}
-    if missing := [name for name, there in found.items() if not there]:
-        needs = " and ".join(missing)
-        raise ConfigError(
-            f"scaling.offload_optimizer: needs {needs}; install it or set scaling.offload_optimizer=false"
-        )
 
 
 class Engine:
@@ -115,12 +74,12 @@ class Engine:
         if resume is not None:
             # Before DeepSpeed copies them: what `_load` does to the masters reaches the weights at the next step only.
             checkpoint.load_into(self._trained, resume, self._prefix)
-        optimizer = _adamw(self._trained.values(), self.optimizer, config.scaling.offload_optimizer)
-        settings = _settings(config, self._clip, bf16, self.device, sum(self._sizes.values()))
+        optimizer = adamw(self._trained.values(), self.optimizer, config.scaling.offload_optimizer)
+        settings = settings_of(config, self._clip, bf16, self.device, sum(self._sizes.values()))
         # Set by Ray; DeepSpeed asks for it also in a process alone, at stage 3 in the first forward again.
         self._alone = "LOCAL_RANK" not in os.environ
         os.environ.setdefault("LOCAL_RANK", str(self.device.index or 0))
-        self._engine = _initialize(policy, optimizer, settings, self.device)
+        self._engine = initialize(policy, optimizer, settings, self.device)
         self._inner, self._masters = self._create_state()
         if resume is not None:
             self._load(resume)
@@ -220,7 +179,7 @@ class Engine:
         masters = [p for group in inner.param_groups for p in group["params"]] if flat is None else flat
         for master in masters:
             moments = {key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS}
-            inner.state[master] = {"step": _step_count(inner, master, 0), **moments}
+            inner.state[master] = {"step": step_count(inner, master, 0), **moments}
         if hasattr(wrapper, "_lazy_init_hp_params_optimizer_state"):
             wrapper._lazy_init_hp_params_optimizer_state()
         if self._stage > 0:
@@ -277,94 +236,4 @@ class Engine:
         state = checkpoint.read_state(folder)
         self.steps = int(state.get("updates", {}).get(self._role, state["step"]))
         for master, state in self._inner.state.items():
-            state["step"] = _step_count(self._inner, master, self.steps)
-
-
-def _adamw(parameters: Iterable[nn.Parameter], settings: OptimizerConfig, offload: bool) -> torch.optim.Optimizer:
-    """AdamW in two groups: no weight decay on biases and norm vectors. The learning rate comes with each step."""
-    kept = list(parameters)
-    matrices, vectors = [p for p in kept if p.dim() >= 2], [p for p in kept if p.dim() < 2]
-    decays = ((matrices, settings.weight_decay), (vectors, 0.0))
-    groups = [{"params": members, "weight_decay": decay} for members, decay in decays if members]
-    if offload:
-        check_offload()
-        _drop_stale_build_lock()
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, lr=0.0, betas=settings.betas, eps=settings.eps, adamw_mode=True)
-    return torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
-
-
-def _step_count(optimizer: torch.optim.Optimizer, master: Tensor, steps: int) -> Tensor | int:
-    """The number of steps, in the type that this optimizer keeps it in."""
-    if isinstance(optimizer, torch.optim.AdamW):
-        return torch.tensor(float(steps), device=master.device)
-    return steps  # DeepSpeedCPUAdam
-
-
-def _drop_stale_build_lock() -> None:
-    """A build that was killed leaves its lock behind, and every later build waits for it without end."""
-    from torch.utils.cpp_extension import get_default_build_root
-
-    for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR", get_default_build_root())).glob("**/cpu_adam/lock"):
-        if time.time() - lock.stat().st_mtime > BUILD_SECONDS:
-            logger.warning("%s: left by a build that was killed; removed", lock)
-            lock.unlink(missing_ok=True)
-
-
-def _settings(config: RunConfig, clip: float | None, bf16: bool, device: torch.device, numel: int) -> dict[str, Any]:
-    """What DeepSpeed is told."""
-    stage = config.scaling.zero_stage
-    zero: dict[str, Any] = {
-        "stage": stage,
-        "reduce_bucket_size": min(BUCKET_NUMEL, numel),
-        "stage3_param_persistence_threshold": PERSISTENT_NUMEL,
-    }
-    if config.scaling.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
-    return {
-        "train_micro_batch_size_per_gpu": 1,  # a formality: micro-batches vary, and `backward` divides by nothing
-        "gradient_accumulation_steps": 1,
-        "zero_optimization": zero,
-        # At stage 1 DeepSpeed adds what a parameter's `grad` holds to the float32 sum after each micro-batch, and leaves it there
-        # for the next one to be added to: the first of n would count n times. Immediately, it is added and gone.
-        "bf16": {"enabled": bf16, "immediate_grad_update": True},
-        "communication_data_type": "fp32",
-        "data_types": {"grad_accum_dtype": "fp32" if stage > 0 else None},  # stage 0 knows only the working type
-        "gradient_clipping": (clip or 0.0) if stage > 0 or bf16 else 0.0,  # `step` clips
-        "steps_per_print": None,
-    }
-
-
-def import_deepspeed() -> Any:
-    """DeepSpeed, without the MLflow that its autotuner would import: half of the time that importing it takes."""
-    absent = "mlflow" not in sys.modules
-    if absent:
-        sys.modules["mlflow"] = None  # type: ignore[assignment]  # to Python: not installed
-    try:
-        import deepspeed
-    finally:
-        if absent:
-            del sys.modules["mlflow"]
-    return deepspeed
-
-
-def _initialize(policy: nn.Module, optimizer: torch.optim.Optimizer, settings: dict, device: torch.device) -> Any:
-    """DeepSpeed's engine on this device, quietly, and with nothing left of an earlier process group."""
-    os.environ.setdefault("DS_ACCELERATOR", device.type)  # it would take a GPU wherever there is one
-    deepspeed = import_deepspeed()
-    from deepspeed.runtime import bf16_optimizer
-    from deepspeed.utils import groups, logger
-
-    # At stage 3 it also warns that it sees no tensors in our batches: it need not, the layers within have its hooks.
-    logger.setLevel(logging.ERROR if settings["zero_optimization"]["stage"] == 3 else logging.WARNING)
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
-    # Otherwise its communication layer compiles a shared-memory kernel (for inference) on first use.
-    deepspeed.ops.__compatible_ops__ = {}
-    if groups._WORLD_GROUP is not None:
-        try:
-            dist.get_global_rank(groups._WORLD_GROUP, 0)
-        except ValueError:  # destroyed since: this process has joined another group
-            groups._release_process_group_references()
-    bf16_optimizer.see_memory_usage = lambda *_, **__: None  # stage 1 in bfloat16 prints a table at every move
-    return deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)[0]
+            state["step"] = step_count(self._inner, master, self.steps)

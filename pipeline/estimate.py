@@ -104,7 +104,7 @@ def state_bytes(
     """What one worker holds on its device while gradients add up, by part (ZeRO, arXiv 1910.02054 §3, as DeepSpeed does it).
 
     From stage 1 on the optimizer's part has float32 master weights beside the moments, in float32 training as well; offloaded, it lies
-    in the host's memory. Buckets, in which gradients are reduced, are bounded (`engine.BUCKET_NUMEL`) and left out.
+    in the host's memory. Buckets, in which gradients are reduced, are bounded (`zero.BUCKET_NUMEL`) and left out.
     """
     # In float32 DeepSpeed shares gradients out at stage 1 already, bucket by bucket.
     shares = (("optimizer", 1), ("gradients", 1 if dtype_bytes == 4 else 2), ("weights", 3))

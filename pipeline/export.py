@@ -16,7 +16,8 @@ from pipeline.config import ConfigError, RunConfig
 from pipeline.config_file import validate
 from pipeline.critic import CRITIC, load_critic, save_critic
 from pipeline.model import Policy, load_policy
-from pipeline.pretrained import load_tokenizer, locate, precision
+from pipeline.model_files import locate
+from pipeline.pretrained import load_tokenizer, precision
 from pipeline.rendering import Renderer
 from pipeline.reward import RewardNetwork, load_reward_network
 from pipeline.thinker import new_prior, save_prior

@@ -257,8 +257,8 @@ def load(modules: Sequence[str]) -> None:
     """Import what forks will find imported."""
     for name in modules:
         importlib.import_module(name)
-    if "pipeline.engine" in sys.modules:
-        sys.modules["pipeline.engine"].import_deepspeed()  # which the engine imports late, and in its own way
+    if "pipeline.zero" in sys.modules:
+        sys.modules["pipeline.zero"].import_deepspeed()  # which the engine imports late, and in its own way
     gc.collect()
     gc.freeze()  # no collection touches, and so copies, the memory that forks share
 

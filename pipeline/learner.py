@@ -23,8 +23,9 @@ from torch import Tensor
 from pipeline.config import ConfigError, RunConfig
 from pipeline.contracts import Batch, PolicyOut, TermGroup
 from pipeline.critic import CRITIC, Critic, load_critic, load_trained_critic
-from pipeline.engine import Engine, lr_at
+from pipeline.engine import Engine
 from pipeline.model import Policy, load_policy
+from pipeline.optimizer import lr_at
 from pipeline.pretrained import precision
 from pipeline.reward import RewardNetwork, load_reward_network
 from pipeline.thinker import new_prior

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline import checkpoint
 from pipeline.collate import collate
 from pipeline.config import ConfigError, RunConfig
 from pipeline.config_file import validate
@@ -28,6 +27,7 @@ from pipeline.contracts import Batch, Mean, Objective, TermGroup
 from pipeline.distributed import agree, process_group
 from pipeline.errors import UserError
 from pipeline.evaluation import held_out
+from pipeline.fencing import next_attempt
 from pipeline.learner import Learner
 from pipeline.metrics import Sums, all_sum, batch_metrics
 from pipeline.notice import Notice
@@ -146,7 +146,7 @@ def train_worker(
     """Train to the end from the newest checkpoint (or from the start). Runs on every rank.
 
     `stop` is asked on rank 0 after each step: where it says so, all ranks return there, with no checkpoint of that step.
-    `draining` is asked on all ranks: see `notice`. Raises `Diverged` on a non-finite loss, `checkpoint.Superseded` when a newer
+    `draining` is asked on all ranks: see `notice`. Raises `Diverged` on a non-finite loss, `fencing.Superseded` when a newer
     attempt has taken over the run, `patience.StorageFailed` when the storage is full or out of reach for too long, and
     `Leaving` when this worker was told to end.
     """
@@ -179,7 +179,7 @@ def _train(
     saver = Saver.begin(job.run, config.checkpoint)
     if rank == 0 and (news := _news(last_start(job.run), saver.step)):
         tell(job.run, news)
-    events.start(checkpoint.next_attempt(job.run) - 1, saver.step, plan.total_steps)
+    events.start(next_attempt(job.run) - 1, saver.step, plan.total_steps)
     learner = Learner.start(config, job.model, job.frozen, device, saver.resume, cached=job.states is not None)
     learner.beat = beat
     watch = Watch(config.objective, saver.metrics, config.train.skip_nan)

@@ -168,7 +168,7 @@ def load_policy(
     cached: bool = False,
     new: NewPrior | None = None,
 ) -> Policy:
-    """The policy of a run, from the folder or hub name that `pretrained.locate` gave.
+    """The policy of a run, from the folder or hub name that `model_files.locate` gave.
 
     needs, frozen: what the objective asks of it, and the reference's weights, where that is an exact KL; `cached`: every
         batch will bring the reference's states, so that of the reference only the head is kept.

@@ -22,8 +22,9 @@ from pipeline.collate import collate
 from pipeline.config import ModelConfig, RunConfig, digest
 from pipeline.contracts import REFERENCE_SCHEMA, STATES_SCHEMA
 from pipeline.model import Policy, load_policy
+from pipeline.model_files import fingerprint
 from pipeline.order import micro_batches, position_type
-from pipeline.pretrained import fingerprint, load_config, precision
+from pipeline.pretrained import load_config, precision
 from pipeline.rows import MANIFEST, Rows, finish, is_finished, part_of, write_part
 from pipeline.stage import Item, Resources, run_stage
 

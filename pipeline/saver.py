@@ -6,7 +6,7 @@ most one is under way. What goes wrong surfaces at the next step, on all ranks a
 
 With `checkpoint.in_background=false` the same happens inside the step, with no copy: file by file.
 
-Left out: the form of a checkpoint (`checkpoint`), how tensors get out of the trainer (`engine`).
+Left out: the form of a checkpoint (`checkpoint`), who may commit one (`fencing`), how tensors get out of the trainer (`engine`).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from pipeline.config import CheckpointConfig
 from pipeline.distributed import agree
 from pipeline.durable import discard
 from pipeline.errors import UserError
+from pipeline.fencing import Attempt, Superseded, refuse_superseded
 from pipeline.learner import Learner
 from pipeline.patience import patiently
 
@@ -54,9 +55,7 @@ class Saver:
         resume: the checkpoint that training goes on from.
     """
 
-    def __init__(
-        self, run: Path, settings: CheckpointConfig, attempt: checkpoint.Attempt | None, resume: Path | None
-    ) -> None:
+    def __init__(self, run: Path, settings: CheckpointConfig, attempt: Attempt | None, resume: Path | None) -> None:
         self._run, self._settings, self._attempt = run, settings, attempt
         self.resume = resume
         state = checkpoint.read_state(resume) if resume else {"step": 0, "best": None, "metrics": {}}
@@ -69,7 +68,7 @@ class Saver:
     @classmethod
     def begin(cls, run: Path, settings: CheckpointConfig) -> Saver:
         """Take over the run (rank 0) and agree on the checkpoint to go on from."""
-        attempt = checkpoint.Attempt.begin(run) if dist.get_rank() == 0 else None
+        attempt = Attempt.begin(run) if dist.get_rank() == 0 else None
         return cls(run, settings, attempt, agree(checkpoint.latest(run) if attempt else None))
 
     def save(self, learner: Learner, step: int, metrics: dict[str, float], wait: bool = False) -> float:
@@ -160,7 +159,8 @@ class Saver:
         assert self._attempt is not None and self._write is not None
         patient = partial(patiently, root=self._run, seconds=self._settings.patience, hurry=self._write.hurry)
         patient(partial(_await_files, folder, files, self._write.hurry))
-        patient(partial(checkpoint.finish, folder, state, self._attempt))
+        patient(partial(checkpoint.finish, folder, state))
+        patient(partial(self._attempt.commit, folder, state["step"]))
         best = checkpoint.path_of(self._run, state["best"]["step"]) if state["best"] else None
         patient(partial(checkpoint.prune, self._run, self._settings.keep, best))
 
@@ -227,10 +227,10 @@ class Write:
         except Exception as error:
             self.error = error
 
-    def _superseded(self) -> checkpoint.Superseded | None:
+    def _superseded(self) -> Superseded | None:
         try:
-            checkpoint.refuse_superseded(self.place.run, self.place.attempt)
-        except checkpoint.Superseded as superseded:
+            refuse_superseded(self.place.run, self.place.attempt)
+        except Superseded as superseded:
             return superseded
         return None
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from pipeline.config import Attention, ConfigError, LatentConfig, ModelConfig, RunConfig, SamplingConfig
 from pipeline.contracts import Needs
 from pipeline.latent import PLACE, AssistantPrior, BlockPrior, Prior, Text, embeddings
-from pipeline.pretrained import fingerprint, load_causal_lm, locate
+from pipeline.model_files import fingerprint, locate
+from pipeline.pretrained import load_causal_lm
 from pipeline.trunk import refuses_embeddings
 
 logger = logging.getLogger(__name__)

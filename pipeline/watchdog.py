@@ -2,7 +2,7 @@
 
 A rank that waits in a collective for one that is stuck or stopped is as stuck itself: whoever notices first ends its own
 process, and whoever started the group (Ray Train, a sweep) does the rest. A process that was stopped altogether is
-noticed by Ray's own health check, which `driver` sets to the same time.
+noticed by Ray's own health check, which `ray_train` sets to the same time.
 
 Left out: a run without a group (`--local`), which nobody would start again.
 """

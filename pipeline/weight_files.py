@@ -4,7 +4,7 @@ transformers falls back to `pytorch_model.bin`, to an adapter's `adapter_model.b
 programs that run as they are read. They are refused, whatever else the configuration allows. An adapter's description is refused as
 well: it names another model, which transformers would fetch in place of the one that was asked for.
 
-Left out: loading (`pretrained`).
+Left out: finding them (`model_files`), and loading (`pretrained`).
 """
 
 from __future__ import annotations

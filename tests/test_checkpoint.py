@@ -1,15 +1,11 @@
-"""Checkpoints on disk: whole or skipped, committed by the newest attempt of a living driver only."""
+"""Checkpoints on disk: whole or skipped."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,11 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from pipeline import checkpoint
-from pipeline.checkpoint import Attempt, Corrupt, Lease, Superseded
+from pipeline.checkpoint import Corrupt
 from pipeline.durable import digest_file
+from pipeline.fencing import Attempt
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(0.5)}
-SOON = 0.3  # seconds that a lease lasts in these tests
 
 
 def save(attempt: Attempt, step: int, weights: dict[str, torch.Tensor] = WEIGHTS) -> Path:
@@ -33,7 +29,8 @@ def save(attempt: Attempt, step: int, weights: dict[str, torch.Tensor] = WEIGHTS
         checkpoint.write_tensors(
             folder / f"weights-{number:05d}-of-{len(weights):05d}.safetensors", {name: weights[name]}
         )
-    return checkpoint.finish(folder, {"step": step, "best": None}, attempt)
+    checkpoint.finish(folder, {"step": step, "best": None})
+    return attempt.commit(folder, step)
 
 
 @pytest.fixture
@@ -185,88 +182,8 @@ def test_a_file_that_is_not_what_its_writer_sealed(run: Path) -> None:
     checkpoint.write_tensors(folder / "weights-00001-of-00001.safetensors", WEIGHTS)
     os.truncate(folder / "weights-00001-of-00001.safetensors", 9)
     with pytest.raises(Corrupt, match=r"its writer sealed another size"):
-        checkpoint.finish(folder, {"step": 3}, attempt)
+        checkpoint.finish(folder, {"step": 3})
     assert checkpoint.latest(run) is None
-
-
-# -------------------------------------------------------------------------------------------------- fencing
-
-
-def test_only_the_newest_attempt_commits(run: Path) -> None:
-    assert checkpoint.next_attempt(run) == 1
-    old = Attempt.begin(run)
-    first = save(old, 10)
-    half_written = old.temporary(20)
-    checkpoint.write_tensors(half_written / "weights-00001-of-00001.safetensors", WEIGHTS)
-    new = Attempt.begin(run)
-    assert (old.number, new.number, checkpoint.next_attempt(run)) == (1, 2, 3)
-    assert not half_written.exists(), "what older attempts left half written is removed"
-    with pytest.raises(FileNotFoundError):
-        checkpoint.write_tensors(half_written / "weights-00002-of-00002.safetensors", WEIGHTS)
-    with pytest.raises(Superseded, match=r"^.*attempt 1 may not commit, attempt 2 has taken over$"):
-        save(old, 20)
-    assert checkpoint.latest(run) == first
-    assert checkpoint.latest(run) != save(new, 20)
-
-
-def test_attempts_begun_at_once_get_different_numbers(run: Path) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        numbers = list(pool.map(lambda _: Attempt.begin(run).number, range(40)))
-    assert sorted(numbers) == list(range(1, 41))
-
-
-def test_commit_needs_a_living_driver(run: Path) -> None:
-    with Lease(run, interval=0.05):
-        attempt = Attempt.begin(run, SOON)
-        time.sleep(2 * SOON)
-        alive = save(attempt, 10)
-    started = time.monotonic()
-    with pytest.raises(Superseded, match=r"^.*its driver is gone; start the same command again to go on$"):
-        save(attempt, 20)
-    assert time.monotonic() - started >= SOON, "it has to wait for a renewal first"
-    with pytest.raises(Superseded, match="its driver is gone"):
-        Attempt.begin(run, SOON)
-    (run / "lease").unlink()
-    with pytest.raises(Superseded, match="its driver is gone"):
-        save(attempt, 20)
-    assert checkpoint.latest(run) == alive
-
-
-@pytest.mark.slow
-def test_a_driver_that_was_killed(run: Path) -> None:
-    """No goodbye: the lease just stops being renewed. The next driver takes over."""
-    code = "import sys, time; from pathlib import Path; from pipeline.checkpoint import Lease\n"
-    code += "with Lease(Path(sys.argv[1]), 0.05): print('up', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code, str(run)], stdout=subprocess.PIPE, text=True) as driver:
-        assert driver.stdout is not None
-        assert driver.stdout.readline() == "up\n"
-        orphan = Attempt.begin(run, SOON)
-        save(orphan, 10)
-        driver.kill()
-    time.sleep(1.2 * SOON)
-    with pytest.raises(Superseded, match="its driver is gone"):
-        save(orphan, 20)
-    with Lease(run, interval=0.05):
-        successor = Attempt.begin(run, SOON)
-        save(successor, 20)
-        with pytest.raises(Superseded, match="attempt 2 has taken over"):
-            save(orphan, 30)
-
-
-def test_a_machine_that_was_suspended_goes_on(run: Path) -> None:
-    """Old when the worker wakes up, renewed a moment later."""
-    with Lease(run, interval=SOON / 3) as lease:
-        attempt = Attempt.begin(run, SOON)
-        os.utime(run / "lease", (1, 1))
-        save(attempt, 10)
-        assert lease._thread.is_alive()
-    assert checkpoint.latest(run) == checkpoint.path_of(run, 10)
-
-
-def test_an_attempt_without_a_lease_answers_to_no_driver(run: Path) -> None:
-    started = time.monotonic()
-    save(Attempt.begin(run), 10)
-    assert time.monotonic() - started < 5
 
 
 # ------------------------------------------------------------------------------------------------ retention

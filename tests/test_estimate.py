@@ -185,11 +185,11 @@ def held(known: list[torch.Tensor]) -> int:
 
 
 def work(rank: int, world: int, root: str, cases: list[tuple[int, str]]) -> None:
-    from pipeline import engine
+    from pipeline import zero
 
     torch.set_num_threads(1)
-    engine.PERSISTENT_NUMEL = 0
-    engine.BUCKET_NUMEL = 2**18  # of 2**22 parameters
+    zero.PERSISTENT_NUMEL = 0
+    zero.BUCKET_NUMEL = 2**18  # of 2**22 parameters
     dist.init_process_group("gloo", store=dist.FileStore(f"{root}/store", world), rank=rank, world_size=world)
     for stage, dtype in cases:
         measured = measure(stage, dtype, Path(root))

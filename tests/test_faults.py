@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,8 @@ import pytest
 from benchmarks.faults import broken, saving
 from benchmarks.faults.__main__ import DRILLS, page
 from benchmarks.faults.bench import Bench, Outcome
+from benchmarks.faults.errors import DrillError
 from benchmarks.faults.history import check_epochs, history, order_of
-from benchmarks.faults.machines import DrillError, Machines, machines
 from benchmarks.faults.runs import Seen
 from pipeline.config import DataConfig, Source
 from pipeline.data import make_rows
@@ -143,15 +142,8 @@ def test_the_cost_of_a_checkpoint_is_that_of_the_steps_it_touches() -> None:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """One cluster for all drills of this module."""
-    folder, made = tmp_path_factory.mktemp("drills"), []
-    with ExitStack() as stack:
-
-        def cluster() -> Machines:
-            if not made:
-                made.append(stack.enter_context(machines(folder / "cluster", takes_jobs=False)))
-            return made[0]
-
-        yield Bench(folder, True, cluster)
+    with Bench(tmp_path_factory.mktemp("drills"), quick=True) as made:
+        yield made
 
 
 def succeeds(bench: Bench, name: str) -> None:

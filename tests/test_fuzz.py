@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from pipeline import checkpoint
-from pipeline.checkpoint import Attempt
 from pipeline.config import ConfigError, DataConfig, RunConfig, Source
 from pipeline.config_file import load
 from pipeline.contracts import ROW_SCHEMA
 from pipeline.data import Made, make_rows
 from pipeline.errors import UserError
+from pipeline.fencing import Attempt, next_attempt
 from pipeline.progress import read_metrics
 from pipeline.rendering import Renderer
 from pipeline.rows import StaleCache, finish, is_finished, manifest, write_part
@@ -225,7 +225,8 @@ def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = attempt.temporary(step)
         for kind in ("weights", "moments"):
             checkpoint.write_tensors(folder / f"{kind}-00001-of-00001.safetensors", WEIGHTS)
-        checkpoint.finish(folder, {"step": step, "best": None, "metrics": {}, "updates": {"policy": step}}, attempt)
+        checkpoint.finish(folder, {"step": step, "best": None, "metrics": {}, "updates": {"policy": step}})
+        attempt.commit(folder, step)
     return run
 
 
@@ -293,7 +294,7 @@ def check_run_files(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder)
         (run / "attempt").write_bytes(data.draw(broken_bytes(b"3\n")))
-        said = refusal(partial(checkpoint.next_attempt, run))
+        said = refusal(partial(next_attempt, run))
         assert "\n" not in said and (not said or "attempt" in said)
         lines = b"".join(json.dumps({"step": step, "loss": 0.5}).encode() + b"\n" for step in range(1, 4))
         (run / "metrics.jsonl").write_bytes(data.draw(broken_bytes(lines)))

@@ -17,14 +17,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import pipeline.learner as learner_module
-from pipeline import checkpoint, engine, ops
+from pipeline import checkpoint, engine, ops, zero
 from pipeline.collate import collate
 from pipeline.config import RunConfig
 from pipeline.config_file import validate
 from pipeline.learner import Learner
 from pipeline.loop import train_step
 from tests.conftest import save_tiny_llama
-from tests.test_engine import warm_up
+from tests.engine_runs import warm_up
 from tests.test_layout import config_of, rows_of
 
 pytestmark = pytest.mark.slow
@@ -74,7 +74,7 @@ def train(
 
 def work(rank: int, root: Path) -> None:
     torch.set_num_threads(1)
-    engine.PERSISTENT_NUMEL, engine.PART_BYTES = 0, 40_000
+    zero.PERSISTENT_NUMEL, engine.PART_BYTES = 0, 40_000
     # Of the two ranks one has more chunks of tokens than the other; some are projected again in the backward pass.
     ops.LOGIT_CHUNK_BYTES, ops.KEPT_BYTES = 4 * 259 * 5, 4 * 259 * 10
     os.environ["LOCAL_RANK"] = str(rank)  # as Ray Train sets it; DeepSpeed reads it at stage 3

@@ -26,7 +26,7 @@ from pipeline.loop import train_step
 from pipeline.objectives import OBJECTIVES
 from pipeline.records import RecordKind
 from tests.conftest import save_tiny_llama
-from tests.test_engine import warm_up
+from tests.engine_runs import warm_up
 
 pytestmark = pytest.mark.slow
 STEPS = 2

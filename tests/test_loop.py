@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from pipeline import checkpoint, data, loop, reference
 from pipeline.driver import fit
+from pipeline.fencing import Lease
 from pipeline.loop import Diverged, Job, train_worker
 from pipeline.progress import METRICS_FILE, read_metrics
 from pipeline.reference_cost import states_folder
@@ -32,7 +33,7 @@ def job_of(config, name: str = "run") -> Job:
 
 
 def train(job: Job) -> list[dict]:
-    with checkpoint.Lease(job.run):
+    with Lease(job.run):
         train_worker(job.plain())
     return read_metrics(job.run / METRICS_FILE)
 

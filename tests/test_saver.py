@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from pipeline import checkpoint, patience, saver
-from pipeline.checkpoint import Attempt, Corrupt, Superseded
+from pipeline.checkpoint import Corrupt
 from pipeline.config import CheckpointConfig
+from pipeline.fencing import Attempt, Superseded
 from pipeline.patience import StorageFailed
 from pipeline.saver import Saver
 

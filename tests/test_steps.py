@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from pipeline.records import Step, Trajectories, Trajectory, Unpaired
 from pipeline.rendering import Rendered, Renderer
 from pipeline.steps import Segment, last_tokens
-from tests.test_rendering import CHATML, LLAMA, byte_level, chat, config, sentence_piece, smollm2, text_of
+from tests.conftest import CHATML
+from tests.tiny_tokenizers import LLAMA, byte_level, chat, config, sentence_piece, smollm2, text_of
 
 
 def slow():

@@ -17,7 +17,8 @@ from pipeline.decoding.sampling import sample
 from pipeline.decoding.vote import vote
 from pipeline.evaluation.divergence import sequence_kl
 from pipeline.latent import Text
-from pipeline.pretrained import fingerprint, load_causal_lm
+from pipeline.model_files import fingerprint
+from pipeline.pretrained import load_causal_lm
 from pipeline.thinker import (
     ASSISTANT,
     PRIOR,

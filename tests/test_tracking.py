@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import sqlite3
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.backlog import Backlog
 from pipeline.config import ConfigError, RunConfig
 from pipeline.config_file import validate
 from pipeline.mlflow_run import STATE_FILE, MlflowTracker, flatten
@@ -245,10 +243,6 @@ def test_another_database_gets_another_run(storage, settings, run, monkeypatch, 
 # ---------------------------------------------------------------------------------------------------- outages
 
 
-class Outage(Exception):
-    """What a server that is away looks like."""
-
-
 def test_an_outage_is_told_once_and_made_up_for(storage, settings, run, caplog):
     """The database file is made unusable, as a server that goes away in the middle, and restored."""
     tracker = MlflowTracker(tracking_uri(settings), settings.tracking.experiment, run, {}, interval=0, retry=0)
@@ -317,49 +311,6 @@ def test_an_entry_that_can_never_succeed_blocks_no_other(storage, settings, run,
     assert "summary: MlflowException: Invalid" in caplog.text
     assert "was not told: ../outside.txt (MlflowException: Invalid artifact path" in caplog.text
     assert stored(storage, run).info.status == "FINISHED"
-
-
-def test_backlog_keeps_order_and_leaves_a_failing_service_alone(caplog):
-    sent, down, calls = [], [True], [0]
-
-    def send(name: str):
-        def attempt(_: object) -> None:
-            calls[0] += 1
-            if down[0]:
-                raise Outage("line one\nline two")
-            sent.append(name)
-
-        return attempt
-
-    backlog = Backlog("service", lambda: "connection", lambda error: False, interval=0, retry=1e6)
-    with caplog.at_level(logging.WARNING):
-        for name in "abc":
-            backlog.add(name, send(name))
-    assert calls == [1], "one attempt, then the service is left alone"
-    down[0] = False
-    backlog.add("d", send("d"))
-    assert sent == []
-    backlog.close()
-    assert sent == ["a", "b", "c", "d"]
-    assert [record.getMessage() for record in caplog.records] == [
-        "service fails, training goes on: Outage: line one line two"
-    ]
-
-
-def test_backlog_passes_over_an_entry_that_always_fails(caplog):
-    sent = []
-
-    def fail(_: object) -> None:
-        raise Outage("never")
-
-    backlog = Backlog("service", lambda: "connection", lambda error: False, interval=0, retry=0)
-    backlog.add("bad", fail)
-    backlog.add("good", sent.append)
-    backlog.add("better", sent.append)
-    assert sent, "already while it is open"
-    backlog.close()
-    assert sent == ["connection", "connection"]
-    assert caplog.records[-1].getMessage() == "service was not told: bad (Outage: never)"
 
 
 # ------------------------------------------------------------------------------------------------------ models

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from pipeline import checkpoint
-from pipeline.driver import TrainingFailed, fit
+from pipeline.driver import fit
 from pipeline.progress import METRICS_FILE, read_metrics
+from pipeline.ray_train import TrainingFailed
 
 pytestmark = pytest.mark.ray
 
@@ -70,7 +71,7 @@ def test_two_workers_equal_one_process_and_survive_a_killed_worker(
 DRIVER = """
 import sys
 from pipeline.config_file import load
-from pipeline.driver import TrainingFailed, fit
+from pipeline.driver import fit
 fit(load(sys.argv[1], sys.argv[2:]))
 """
 

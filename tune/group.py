@@ -48,10 +48,12 @@ class TrialWorker:
 
     def warm_up(self) -> None:
         """Pay for the imports before there is something to do."""
-        import deepspeed  # noqa: F401
         import transformers  # noqa: F401
 
         import pipeline.loop  # noqa: F401
+        from pipeline.zero import import_deepspeed
+
+        import_deepspeed()
 
     def address(self) -> str:
         """host:port at which the other ranks can meet this one."""

@@ -15,8 +15,8 @@ from pipeline.config import ConfigError, RunConfig, digest
 from pipeline.contracts import Needs
 from pipeline.driver import Prepared
 from pipeline.durable import write_json
+from pipeline.model_files import fingerprint
 from pipeline.order import Plan
-from pipeline.pretrained import fingerprint
 from pipeline.redaction import redacted, urls_without_credentials
 from pipeline.rows import Rows
 from tune import search

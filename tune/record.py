@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import tracking
-from pipeline.checkpoint import Lease, Superseded
 from pipeline.config import ConfigError
+from pipeline.fencing import Lease, Superseded
 from pipeline.progress import LOG_FILE, METRICS_FILE, Follower, read_metrics
 from pipeline.tracking import Status, Tracker
 from tune.group import STOP_FILE
@@ -82,7 +82,7 @@ class Recorder:
     def expect(self, trial: Trial) -> None:
         """Its workers may begin at any time. Where another driver trains the same run, it is recorded as failed instead.
 
-        Raises checkpoint.Superseded then.
+        Raises fencing.Superseded then.
         """
         run = Path(trial.run)
         lease = Lease(run)

@@ -61,7 +61,7 @@ def conduct(config: RunConfig, local: bool) -> Finished:
     if config.scaling.elastic:
         raise ConfigError("scaling.workers: a sweep's trials share workers that stay; give one number")
     from pipeline import tracking
-    from pipeline.checkpoint import Lease
+    from pipeline.fencing import Lease
     from tune import results
     from tune.live import Screen
     from tune.plan import Sweep
@@ -115,7 +115,7 @@ def _in_process(sweep: Sweep, recorder: Recorder) -> None:
     """One trial after the other, in this process."""
     import json
 
-    from pipeline.checkpoint import Superseded
+    from pipeline.fencing import Superseded
     from tune.group import attempt
     from tune.plan import JOB_FILE
 

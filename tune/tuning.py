@@ -13,7 +13,7 @@ import ray.tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
-from pipeline.checkpoint import Superseded
+from pipeline.fencing import Superseded
 from pipeline.progress import METRICS_FILE, read_metrics
 from tune.plan import JOB_FILE, Sweep
 from tune.record import Recorder

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from tqdm import tqdm
 
 from benchmarks.faults import numbers, processes, storage
 from benchmarks.faults.bench import Bench, Drill, Outcome
-from benchmarks.faults.machines import Machines, machines
 from benchmarks.throughput.report import machine, table
 from pipeline.errors import UserError
 
@@ -57,15 +55,7 @@ def run(names: Sequence[str], quick: bool) -> dict[str, Outcome]:
     """The outcome of each drill. Raises DrillError where one could not be run. What failed leaves its folder behind."""
     found: dict[str, Outcome] = {}
     folder = Path(tempfile.mkdtemp(prefix="drills-"))
-    with ExitStack() as stack:
-        made: list[Machines] = []
-
-        def cluster() -> Machines:
-            if not made:
-                made.append(stack.enter_context(machines(folder / "cluster", "killed_supervisor" in names)))
-            return made[0]
-
-        bench = Bench(folder, quick, cluster)
+    with Bench(folder, quick, takes_jobs="killed_supervisor" in names) as bench:
         for name in tqdm(names, desc="drills", unit="drill", mininterval=0):
             began = time.monotonic()
             found[name] = DRILLS[name](bench)

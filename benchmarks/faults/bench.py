@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.history import History, history, order_of
-from benchmarks.faults.machines import ROOT, Machines
 from benchmarks.faults.materials import ROWS_PER_STEP, settings, write_model, write_pairs
 from benchmarks.faults.runs import Training, equal
+from benchmarks.nodes import ROOT, LocalCluster
+
+NODES, CPUS = 2, 2
+OWN = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+SOON = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
+"""A node that is gone is noticed after 3 s instead of 15."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,18 +38,40 @@ Drill = Callable[["Bench"], Outcome]
 
 @dataclass(slots=True)
 class Bench:
-    """Where drills happen.
+    """Where drills happen: a context, which ends the cluster.
 
     Args:
         folder: takes everything.
         quick: shorter trainings, fewer kills, shorter outages.
-        cluster: makes the cluster when the first drill asks for it.
+        takes_jobs: whether the cluster has a job server.
     """
 
     folder: Path
     quick: bool
-    cluster: Callable[[], Machines]
+    takes_jobs: bool = False
     _quiet: dict[str, Training] = field(default_factory=dict)
+    _cluster: LocalCluster | None = None
+    _open: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    @property
+    def cluster(self) -> LocalCluster:
+        """Made when the first drill asks for it."""
+        if self._cluster is None:
+            made = LocalCluster(OWN | SOON, takes_jobs=self.takes_jobs, logs=self.folder / "cluster")
+            self._cluster = self._open.enter_context(made)
+            for _ in range(NODES):
+                self.add_node()
+        return self._cluster
+
+    def add_node(self) -> None:
+        """One more node of the cluster."""
+        self.cluster.add_node(CPUS)
 
     @property
     def steps(self) -> int:
@@ -84,7 +111,7 @@ class Bench:
 
     def _training(self, name: str, *overrides: str, local: bool, steps: int | None = None) -> Training:
         count = steps or self.steps
-        environment = dict(self.environment) if local else self.cluster().drivers
+        environment = dict(self.environment) if local else self.cluster.environment
         workers = [] if local else ["scaling.workers=2", "scaling.max_failures=-1"]
         given = settings(self.model, self.folder / f"pairs-{count}.jsonl", count, self.every)
         made = Training(self.folder / name, given, environment, [*workers, "objective.pause=0.15", *overrides])
@@ -112,4 +139,4 @@ class Bench:
     def environment(self) -> dict[str, str]:
         """Of a local training."""
         own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        return own | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        return own | OWN | {"PYTHONPATH": str(ROOT)}

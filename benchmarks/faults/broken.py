@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.faults.machines import DrillError
+from benchmarks.faults.errors import DrillError
 from benchmarks.faults.materials import write_model
 from benchmarks.throughput.memory import PeakPss
 from benchmarks.throughput.prepare import write_records
@@ -180,7 +180,7 @@ def page(found: dict[int, dict[str, Any]]) -> str:
 
 
 def _smollm2(folder: Path) -> Path:
-    from pipeline.pretrained import locate
+    from pipeline.model_files import locate
 
     return Path(locate("package:smollm2", folder / "cache"))
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.faults.machines import DrillError
+from benchmarks.faults.errors import DrillError
 from benchmarks.faults.runs import Seen
 
 

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 from benchmarks.faults.bench import Bench, Outcome
-from benchmarks.faults.machines import ROOT, DrillError, kill
+from benchmarks.faults.errors import DrillError
 from benchmarks.faults.materials import settings, write_pairs
 from benchmarks.faults.runs import PATIENCE
+from benchmarks.nodes import ROOT, kill
 from pipeline.durable import digest_file
 from pipeline.rows import manifest
 
@@ -47,7 +48,7 @@ def killed_data_actor(bench: Bench) -> Outcome:
 
 def _prepare(bench: Bench, config: Path, storage: Path, local: bool = False) -> subprocess.Popen:
     command = [sys.executable, "-m", "jobs.prepare", str(config), f"storage={storage}", *(["--local"] if local else [])]
-    environment = bench.environment if local else bench.cluster().drivers
+    environment = bench.environment if local else bench.cluster.environment
     with storage.with_suffix(".log").open("w") as log:
         return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
@@ -59,7 +60,7 @@ def _kill_an_actor(bench: Bench, storage: Path, stage: str, driver: subprocess.P
         if time.monotonic() > until or driver.poll() is not None:
             raise DrillError(f"{stage}: no part was written; see {storage}.log")
         time.sleep(0.01)
-    actors = bench.cluster().find(ACTOR)
+    actors = bench.cluster.find(ACTOR)
     finished = list(storage.glob(f"cache/{stage}-*/manifest.json"))
     if not actors or finished:
         raise DrillError(f"{stage}: was over before an actor could be killed; give it more records")

@@ -11,9 +11,10 @@ from pathlib import Path
 import psutil
 
 from benchmarks.faults.bench import Bench, Outcome
-from benchmarks.faults.machines import BIN, ROOT, DrillError, kill
+from benchmarks.faults.errors import DrillError
 from benchmarks.faults.preparing import killed_data_actor
 from benchmarks.faults.runs import PATIENCE, Training
+from benchmarks.nodes import RAY, ROOT, kill
 
 WORKER, SUPERVISOR = "RayTrainWorker", "JobSupervisor"
 UNDER_WAY = 2
@@ -48,14 +49,14 @@ def hung_worker(bench: Bench) -> Outcome:
 
 def killed_node(bench: Bench) -> Outcome:
     """SIGKILL to every process of the machine that both workers are on."""
-    cluster = bench.cluster()
+    cluster = bench.cluster
     with bench.training("killed-node") as training:
         training.start()
         training.await_step(bench.every + 2)
         cluster.holding(WORKER).kill()
         training.finish()
         found = _recovered(bench, training, "SIGKILL to all of a node", "training moved to the other node")
-    cluster.add()
+    bench.add_node()
     return found
 
 
@@ -72,11 +73,11 @@ def killed_driver(bench: Bench) -> Outcome:
 
 def killed_supervisor(bench: Bench) -> Outcome:
     """SIGKILL to the process of `ray job submit` that looks after the driver, and the same job again."""
-    jobs = bench.cluster().jobs
+    jobs = bench.cluster.job_environment
     with bench.training("killed-supervisor") as training:
         first = _submit(training, jobs, "first")
         training.wait_until(lambda: max(training.steps, default=0) >= bench.every + 2, "enough steps")
-        kill(bench.cluster().find(SUPERVISOR))
+        kill(bench.cluster.find(SUPERVISOR))
         _await_status(jobs, first, "FAILED")
         _await_gone(training)
         _await_status(jobs, _submit(training, jobs, "second"), "SUCCEEDED")
@@ -115,7 +116,7 @@ DRILLS = [killed_worker, hung_worker, killed_node, killed_driver, killed_supervi
 
 
 def _workers(bench: Bench) -> list[psutil.Process]:
-    found = bench.cluster().find(WORKER)
+    found = bench.cluster.find(WORKER)
     if len(found) != 2:
         raise DrillError(f"{len(found)} workers instead of 2")
     return found
@@ -147,7 +148,7 @@ def _await_progress(training: Training, steps: int) -> None:
 def _submit(training: Training, jobs: dict[str, str], name: str) -> str:
     """The training as a job; it runs in the head's folder and finds the code through the node's environment."""
     job = f"drill-{name}-{int(time.time())}"
-    command = [str(BIN / "ray"), "job", "submit", "--no-wait", "--submission-id", job, "--", "python"]
+    command = [str(RAY), "job", "submit", "--no-wait", "--submission-id", job, "--", "python"]
     until = time.monotonic() + PATIENCE
     while True:  # the job server answers before the node's agent, which starts jobs, is there
         asked = subprocess.run([*command, *training.command()], env=jobs, cwd=ROOT, capture_output=True, text=True)

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.faults.machines import ROOT, DrillError, family, kill
+from benchmarks.faults.errors import DrillError
+from benchmarks.nodes import ROOT, family, kill
 from pipeline import checkpoint
 from pipeline.progress import METRICS_FILE, read_metrics
 

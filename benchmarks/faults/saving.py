@@ -25,15 +25,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.faults.machines import DrillError
+from benchmarks.faults.errors import DrillError
 from benchmarks.throughput.memory import peak_resident, reset_peak
 from benchmarks.throughput.ours import Ours
 from benchmarks.throughput.report import GIB, machine, table
 from benchmarks.throughput.tasks import Task, write_rows
 from benchmarks.throughput.workloads import named
-from pipeline import checkpoint
 from pipeline.config import CheckpointConfig
 from pipeline.errors import UserError
+from pipeline.fencing import Attempt
 from pipeline.loop import train_step
 from pipeline.saver import Saver
 
@@ -91,7 +91,7 @@ class Turns(Ours):
             return None
         settings = CheckpointConfig(every=STEPS, keep=1, in_background=MODES[mode])
         folder = run / f"{number}"
-        return Saver(folder, settings, checkpoint.Attempt.begin(folder), None)
+        return Saver(folder, settings, Attempt.begin(folder), None)
 
 
 def measure(rounds: int, threads: int, folder: Path) -> list[Block]:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from benchmarks.faults.bench import Bench, Outcome
-from benchmarks.faults.machines import DrillError
+from benchmarks.faults.errors import DrillError
 from benchmarks.faults.runs import Training
 from pipeline import checkpoint
 

@@ -22,8 +22,9 @@ from pipeline.collate import collate
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
 from pipeline.model import load_policy
+from pipeline.model_files import locate
 from pipeline.order import micro_batches
-from pipeline.pretrained import load_causal_lm, locate
+from pipeline.pretrained import load_causal_lm
 
 NOISE = 0.02
 """Standard deviation of what is added to a matrix, as a share of its own root mean square."""

@@ -107,7 +107,7 @@ def _digest(rows: Iterable[list[list[int]]]) -> str:
 def _tokenizer(folder: Path, quick: bool) -> Path:
     """SmolLM2's (49,152 entries); quick: one of single bytes."""
     if not quick:
-        from pipeline.pretrained import locate
+        from pipeline.model_files import locate
 
         return Path(locate("package:smollm2", folder / "cache"))
     from tokenizers import Tokenizer, models, pre_tokenizers

@@ -105,7 +105,7 @@ class Workload:
     name: str
     title: str
     objective: dict[str, Any]
-    model: Llama | str  # a string is what `pipeline.pretrained.locate` takes
+    model: Llama | str  # a string is what `pipeline.model_files.locate` takes
     vocabulary: int
     prompts: Lengths
     answers: Lengths

@@ -23,7 +23,8 @@ from pipeline.evaluation.answers import read_answers
 from pipeline.evaluation.classifier import ScoreTexts, label_index
 from pipeline.evaluation.judging import Judge, Scores, Texts
 from pipeline.evaluation.scorers import SCORERS, Task, answer_scorer, each, resolve
-from pipeline.pretrained import load_config, load_tokenizer, locate
+from pipeline.model_files import locate
+from pipeline.pretrained import load_config, load_tokenizer
 from pipeline.reward import load_reward_network
 
 ROW_TOKENS = 1024

@@ -76,7 +76,7 @@ def decode_prompts(
 ) -> list[Decoded]:
     """`settings.per_prompt` completions of each prompt, sorted by (prompt, index).
 
-    model: what `pretrained.locate` gave. prompts: token ids (`Renderer.prompt_ids`); stop_ids: tokens that end a
+    model: what `model_files.locate` gave. prompts: token ids (`Renderer.prompt_ids`); stop_ids: tokens that end a
     completion (`Renderer.stop_ids`). keys: names of the prompts' random streams, by default their places, so that two
     equal prompts get different completions. config: precision, attention and trust of `model`; its path is not read.
     """

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline import cluster, driver
+from pipeline import cluster, driver, preflight
 from pipeline.config import ConfigError, RunConfig, digest
 from pipeline.decoding import DECODERS
 from pipeline.decoding.contract import Decoder, Role, context_of
@@ -21,7 +21,8 @@ from pipeline.decoding.pieces import Piece, check_room, pieces_of_rows, pieces_o
 from pipeline.decoding.transfer_q import check_indirect
 from pipeline.decoding.vllm_engine import choose
 from pipeline.durable import write_json
-from pipeline.pretrained import fingerprint, load_config, locate, precision
+from pipeline.model_files import fingerprint, locate
+from pipeline.pretrained import load_config, precision
 from pipeline.rows import Rows
 from pipeline.sources import plan
 from pipeline.thinker import check_thoughts, thoughts_of
@@ -123,7 +124,7 @@ def _world(config: RunConfig, local: bool) -> _World:
         prepared = driver.prepare(config, local)
         own, _ = driver.open_run(config, prepared)
         return _World(config.checkpoint_from or str(own), prepared.frozen, prepared.model, own, prepared.rows)
-    driver.check(config, local)
+    preflight.check(config, local)
     cache, own = Path(config.storage) / "cache", config.model
     tokenizer = locate(own.path, cache)
     reference = locate(own.reference, cache, "model.reference") if own.reference else tokenizer

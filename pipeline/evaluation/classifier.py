@@ -21,7 +21,8 @@ from pipeline.config import ConfigError, ModelConfig, RunConfig
 from pipeline.contracts import Row
 from pipeline.evaluation.held_out import resources
 from pipeline.evaluation.judging import Failure, Scores, Texts
-from pipeline.pretrained import classifies, load_config, load_tokenizer, locate, precision
+from pipeline.model_files import locate
+from pipeline.pretrained import classifies, load_config, load_tokenizer, precision
 from pipeline.reward import load_reward_network
 from pipeline.stage import Item, run_stage
 from pipeline.weight_files import check_weight_files

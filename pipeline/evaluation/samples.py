@@ -20,7 +20,8 @@ from pipeline.evaluation.estimates import mean_se
 from pipeline.evaluation.held_out import resources
 from pipeline.evaluation.judging import Failure, Texts
 from pipeline.evaluation.scorers import judge_for
-from pipeline.pretrained import fingerprint, precision
+from pipeline.model_files import fingerprint
+from pipeline.pretrained import precision
 
 __all__ = ["Samples", "draw", "kl_to_reference"]
 

@@ -17,6 +17,7 @@ from pipeline.arrow_files import ExtensionType, check_plain, open_parquet
 from pipeline.config import ConfigError, Source
 from pipeline.durable import digest_file
 from pipeline.evaluation.classifier import Classifier, _load
+from pipeline.fencing import Attempt
 from pipeline.pretrained import load_backbone, load_causal_lm, load_scorer
 from pipeline.rows import MANIFEST, Rows, StaleCache, part_of
 from pipeline.sources import plan, read
@@ -252,10 +253,11 @@ def test_a_checkpoint_with_a_pickle_is_refused_even_when_its_manifest_vouches_fo
     tmp_path: Path, trace: Path
 ) -> None:
     run = tmp_path / "run"
-    attempt = checkpoint.Attempt.begin(run)
+    attempt = Attempt.begin(run)
     folder = attempt.temporary(1)
     checkpoint.write_tensors(folder / "weights-00001-of-00001.safetensors", {"w": torch.zeros(2)})
-    final = checkpoint.finish(folder, {"step": 1, "best": None, "metrics": {}}, attempt)
+    checkpoint.finish(folder, {"step": 1, "best": None, "metrics": {}})
+    final = attempt.commit(folder, 1)
     weights = final / "weights-00001-of-00001.safetensors"
     weights.write_bytes(saved(trace))
     (final / "weights-00002-of-00002.pt").write_bytes(saved(trace))

@@ -1,0 +1,93 @@
+"""What can be known to fail before any work starts: storage, GPUs, lengths, vocabularies, and what an objective asks of rows.
+
+Left out: what a configuration alone gives away (`config`), and weights that do not load (`pretrained`).
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from pipeline import data
+from pipeline.config import ConfigError, RunConfig
+from pipeline.optimizer import check_offload
+from pipeline.order import Plan
+from pipeline.pretrained import load_config, load_tokenizer
+from pipeline.rows import Rows
+from pipeline.thinker import check_steps
+from pipeline.tracking import tracking_uri
+
+logger = logging.getLogger(__name__)
+
+
+def check(config: RunConfig, local: bool = False) -> None:
+    """What this machine, the storage and the tracking server give away. Raises ConfigError."""
+    if config.tracking.enabled:
+        tracking_uri(config)
+    if local and config.scaling.gpus_per_worker and not torch.cuda.is_available():
+        raise ConfigError("scaling.gpus_per_worker: this machine has no GPU; set it to 0")
+    try:
+        (Path(config.storage) / "cache").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"storage: cannot be written ({error}); name another folder") from None
+    if config.scaling.offload_optimizer:
+        check_offload()
+
+
+def check_lengths(config: RunConfig, model: str) -> None:
+    """Rows have to fit the model at `model`: its context and its vocabulary. Raises ConfigError."""
+    text = load_config(model, config.model.trust_remote_code).get_text_config()
+    context = getattr(text, "max_position_embeddings", None)
+    thoughts = config.latent.n_latents if config.objective.needed().latent != "none" else 0
+    if context is not None and config.data.max_length + thoughts > context:
+        beside = f" and {thoughts} thoughts" if thoughts else ""
+        raise ConfigError(
+            f"data.max_length: {config.data.max_length}{beside} exceeds the model's context of {context} tokens; lower it"
+        )
+    tokens = len(load_tokenizer(model, config.model.trust_remote_code))
+    if tokens > text.vocab_size:
+        raise ConfigError(
+            f"model.path: the tokenizer has {tokens} tokens, the model {text.vocab_size}; they do not belong together"
+        )
+
+
+def check_vocabularies(config: RunConfig, model: str, other: str, key: str) -> None:
+    """Two models of one token mean the same only if it is the same token. Raises ConfigError about the `key` of the other."""
+    trust = config.model.trust_remote_code
+    sizes = [load_config(path, trust).get_text_config().vocab_size for path in (model, other)]
+    tokenizers = [data.tokenizer_identity(load_tokenizer(path, trust)) for path in (model, other)]
+    if sizes[0] != sizes[1] or tokenizers[0] != tokenizers[1]:
+        raise ConfigError(
+            f"{key}: its tokenizer differs from the policy's (vocabularies of {sizes[1]} and {sizes[0]}); "
+            f"name {'a reference' if key == 'model.reference' else 'a model'} with the same one"
+        )
+
+
+def check_rows(config: RunConfig, folder: Path) -> None:
+    """What the objective asks of the rows, and the steps that they make, before anything is scored. Raises ConfigError."""
+    found, needs, rows = data.summary(folder), config.objective.needed(), Rows(folder)
+    split = rows.split(config.data, config.seed)
+    if len(split.train) == 0:
+        raise ConfigError("data.eval_fraction: holds out every prompt; lower it or add records")
+    steps = Plan(config, rows.lengths[split.train]).total_steps
+    if needs.critic and config.critic.steps_alone >= steps:
+        raise ConfigError(
+            f"critic.steps_alone: {config.critic.steps_alone} of {steps} steps would leave none for the policy; "
+            "lower it or train longer"
+        )
+    if config.data.kind == "unpaired" and found.mean_return is not None and abs(found.mean_return) == 1:
+        logger.warning("data.sources: all labels are the same; there is nothing to tell good from bad by")
+    if needs.mismatched and found.mismatched < found.rows:
+        logger.warning(
+            "data.sources: %d rows have no response to another prompt beside them, all of one prompt?",
+            found.rows - found.mismatched,
+        )
+    if needs.latent == "steps" and found.stepped < found.rows:
+        check_steps(found.rows - found.stepped, found.rows)
+    if needs.behaviour and found.behaviour < found.rows:
+        raise ConfigError(
+            f"objective.importance: {found.rows - found.behaviour} of {found.rows} rows have no log-probs of the policy that "
+            "made them; give each step a logprob, or set importance=reference (the reference made them) or none"
+        )

@@ -1,0 +1,86 @@
+"""The joint to Ray Train: `train_on_ray` runs `loop.train_worker` as a group of workers, whose failures Ray answers.
+
+Left out: what Ray Train does between two groups (`elastic`), and connecting to Ray (`cluster`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pipeline.durable import write_json
+from pipeline.errors import Leaving, UserError
+from pipeline.fencing import next_attempt
+from pipeline.loop import Job, train_worker
+from pipeline.progress import ERROR_FILE, RAY_FILE, tell
+from pipeline.redaction import redact
+
+
+class TrainingFailed(UserError):
+    """What a worker said, when starting it again cannot help."""
+
+
+def train_on_ray(job: Job) -> None:
+    """The workers as a Ray Train group; Ray starts them again after a failure, they continue from the last checkpoint."""
+    import ray
+    from ray.train import FailureConfig, ScalingConfig, TrainingFailedError
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipeline import elastic
+
+    scaling = job.config.scaling
+    elastic.set_environment(scaling)
+    resources = {"CPU": scaling.cpus_per_worker} | ({"GPU": scaling.gpus_per_worker} if scaling.gpus_per_worker else {})
+    (job.run / ERROR_FILE).unlink(missing_ok=True)
+    write_json(job.run / RAY_FILE, {"address": ray.get_runtime_context().gcs_address})  # for `status`
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{job.config.train.hang_timeout:g}"  # of a stopped process
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=job.plain(),
+        scaling_config=ScalingConfig(
+            num_workers=scaling.workers,
+            use_gpu=scaling.gpus_per_worker > 0,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=scaling.resize_seconds,
+        ),
+        torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker else "gloo"),
+        run_config=RayRunConfig(
+            name=f"{job.run.name}-{next_attempt(job.run)}",  # a name used before would continue Ray's own state
+            storage_path=str(job.run / "ray"),
+            failure_config=FailureConfig(max_failures=-1),  # the hooks count
+            callbacks=[elastic.Hooks(job.run, scaling.max_failures)],
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        if not (job.run / ERROR_FILE).is_file():
+            raise TrainingFailed(str(error).strip().splitlines()[-1]) from error
+    if (job.run / ERROR_FILE).is_file():
+        raise TrainingFailed(json.loads((job.run / ERROR_FILE).read_text())) from None
+
+
+def _worker(plain: dict[str, Any]) -> None:
+    """`train_worker` under Ray Train, which would start workers again after any error.
+
+    An error that a person has to mend is left in a file instead: the next start sees it and ends at once, on all ranks.
+    """
+    from pipeline.elastic import draining
+
+    run = Path(plain["run"])
+    note = run / ERROR_FILE
+    if note.is_file():
+        return
+    try:
+        train_worker(plain, draining=draining)
+    except UserError as error:
+        write_json(note, redact(str(error)))
+        raise
+    except Leaving:
+        raise  # told already
+    except Exception as error:
+        tell(run, f"a worker failed, starting again: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
+        raise

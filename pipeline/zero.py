@@ -1,0 +1,82 @@
+"""DeepSpeed as an engine starts it: imported without what it would drag in, quiet, told the stage and little else.
+
+Left out: everything after the start (`engine`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pipeline.config import RunConfig
+
+PERSISTENT_NUMEL = 100_000
+"""ZeRO-3 keeps parameters below this size gathered between uses: partitioning them costs more time than it saves memory."""
+BUCKET_NUMEL = 200_000_000
+"""Gradient elements reduced at a time, at most."""
+
+
+def settings_of(config: RunConfig, clip: float | None, bf16: bool, device: torch.device, numel: int) -> dict[str, Any]:
+    """What DeepSpeed is told."""
+    stage = config.scaling.zero_stage
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": min(BUCKET_NUMEL, numel),
+        "stage3_param_persistence_threshold": PERSISTENT_NUMEL,
+    }
+    if config.scaling.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # a formality: micro-batches vary, and `Engine.backward` divides by nothing
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": zero,
+        # At stage 1 DeepSpeed adds what a parameter's `grad` holds to the float32 sum after each micro-batch, and clears it before the
+        # next one only if it found tensors in the forward's output: the first of n would count n times. Immediately, it is added
+        # and gone.
+        "bf16": {"enabled": bf16, "immediate_grad_update": True},
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32" if stage > 0 else None},  # stage 0 knows only the working type
+        "gradient_clipping": (clip or 0.0) if stage > 0 or bf16 else 0.0,  # `Engine.step` clips
+        "steps_per_print": None,
+    }
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, without the MLflow that its autotuner would import: half of the time that importing it takes."""
+    absent = "mlflow" not in sys.modules
+    if absent:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # to Python: not installed
+    try:
+        import deepspeed
+    finally:
+        if absent:
+            del sys.modules["mlflow"]
+    return deepspeed
+
+
+def initialize(policy: nn.Module, optimizer: torch.optim.Optimizer, settings: dict, device: torch.device) -> Any:
+    """DeepSpeed's engine on this device, quietly, and with nothing left of an earlier process group."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)  # it would take a GPU wherever there is one
+    deepspeed = import_deepspeed()
+    from deepspeed.runtime import bf16_optimizer
+    from deepspeed.utils import groups, logger
+
+    # At stage 3 it also warns that it sees no tensors in our batches: it need not, the layers within have its hooks.
+    logger.setLevel(logging.ERROR if settings["zero_optimization"]["stage"] == 3 else logging.WARNING)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
+    # Otherwise its communication layer compiles a shared-memory kernel (for inference) on first use.
+    deepspeed.ops.__compatible_ops__ = {}
+    if groups._WORLD_GROUP is not None:
+        try:
+            dist.get_global_rank(groups._WORLD_GROUP, 0)
+        except ValueError:  # destroyed since: this process has joined another group
+            groups._release_process_group_references()
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None  # stage 1 in bfloat16 prints a table at every move
+    return deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)[0]
