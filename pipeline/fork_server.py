@@ -16,6 +16,7 @@ Left out: clusters, whose nodes start their workers; GPUs (`cluster` decides).
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -76,6 +77,7 @@ class ForkServer:
                 start_new_session=True,  # Ctrl-C is for the parent to handle
                 env=dict(environment) | os.environ,
             )
+        atexit.register(self._end)
 
     @property
     def python(self) -> str:
@@ -86,6 +88,11 @@ class ForkServer:
         """No more workers. Those that are there live on."""
         assert self._process.stdin is not None
         self._process.stdin.close()
+
+    def _end(self) -> None:
+        """At our end: imports that nobody waits for any more end with us."""
+        self._process.terminate()
+        shutil.rmtree(Path(self._address).parent, ignore_errors=True)
 
 
 @dataclass(slots=True)

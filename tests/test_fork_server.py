@@ -146,6 +146,25 @@ def test_a_server_that_cannot_import_leaves_the_ordinary_python(tmp_path):
     assert not told(broken, tmp_path)["early"]
 
 
+def test_a_server_that_is_still_importing_ends_with_its_parent(tmp_path):
+    (tmp_path / "endless.py").write_text("import time; time.sleep(60)\n")
+    program = (
+        "import sys\nfrom pipeline.fork_server import ForkServer\n"
+        "server = ForkServer({}, ['endless'], [])\nprint(server._process.pid, server._address)\n"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), str(tmp_path)])
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+        check=True,
+    )
+    pid, address = found.stdout.split()
+    assert wait_for(lambda: not psutil.pid_exists(int(pid)) or gone(psutil.Process(int(pid))))
+    assert not Path(address).parent.exists()
+
+
 def test_the_server_ends_with_its_parent_and_its_last_worker(tmp_path):
     """The parent is killed; its worker ends by itself, then the servers do."""
     script = tmp_path / "work.py"

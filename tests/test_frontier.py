@@ -18,6 +18,7 @@ from benchmarks.frontier.claims import CLAIMS, common_reward, drift, judge
 from benchmarks.frontier.curves import Policy, at, most, run_curve
 from benchmarks.frontier.methods import FULL, KIND, METHODS, QUICK, grid_of
 from benchmarks.frontier.worlds import Place, as_pairs, as_rankings, configure, make_held_out, make_world, write
+from pipeline import data
 from pipeline.evaluation.samples import Samples
 from tune.spaces import Space
 
@@ -189,6 +190,13 @@ def test_one_world_from_samples_to_points(tmp_path: Path, monkeypatch: pytest.Mo
     size = replace(QUICK, prompts=120, held_out=40, per_prompt=1)
     make_held_out(place, size)
     assert make_world(place, size, seed=0, sft=False)["pairs"] > 0
+    for name in ("dpo", "plackett_luce"):  # pairs and rankings
+        named = {"name": "prepared", "objective": dict(methods.METHODS[name].objective)}
+        found = data.summary(
+            data.prepare(configure(place, methods.METHODS[name].data, place.model, 0, named), place.model, True)
+        )
+        assert found.rows > 0
+        assert found.quarantined == 0
     weak, strong = run_curve(place, size, "dpo", 0)
     assert (weak.strength, strong.strength) == (0.03, 1.0)
     assert min(weak.numbers["samples/kl"], strong.numbers["samples/kl"]) > 0.1

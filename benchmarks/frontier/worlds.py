@@ -38,9 +38,9 @@ class Place:
     def prompts(self) -> Path:
         return Path(self.folder) / "held-out-prompts.jsonl"
 
-    @property
-    def held_out(self) -> Path:
-        return Path(self.folder) / "held-out-pairs.jsonl"
+    def held_out(self, kind: Dataset) -> Path:
+        """The same pairs, as what a method trains on: as rankings they have two responses."""
+        return Path(self.folder) / f"held-out-{kind}.jsonl"
 
     def data(self, kind: Dataset, seed: int) -> Path:
         return Path(self.folder) / f"{kind}-s{seed}.jsonl"
@@ -52,10 +52,12 @@ class Place:
 
 def make_held_out(place: Place, size: Size) -> None:
     """Prompts that policies are sampled from, and pairs for accuracy, calibration and rewards; the same for all seeds."""
-    if not place.held_out.is_file():
+    if not (place.held_out("pairs").is_file() and place.held_out("rankings").is_file()):
         prompts = held_out_prompts(size.held_out)
         write(place.prompts, ({"prompt": prompt} for prompt in prompts))
-        write(place.held_out, as_pairs(_completed(place, prompts, HELD_OUT_SEED + 1)))
+        found = as_pairs(_completed(place, prompts, HELD_OUT_SEED + 1))
+        write(place.held_out("rankings"), map(as_ranking, found))
+        write(place.held_out("pairs"), found)
 
 
 def make_world(place: Place, size: Size, seed: int, sft: bool) -> dict[str, int]:
@@ -83,8 +85,8 @@ def configure(place: Place, data: Dataset, model: str, seed: int, changes: Any) 
         "model": {"path": model},
         "sampling": {"prompts": {"path": str(place.prompts)}},
     }
-    if place.held_out.is_file():
-        own["data"]["eval_sources"] = [{"path": str(place.held_out)}]
+    if place.held_out(data).is_file():
+        own["data"]["eval_sources"] = [{"path": str(place.held_out(data))}]
     return validate(merge(merge(BASE, own), changes))
 
 
@@ -105,6 +107,11 @@ def as_pairs(samples: Samples) -> list[Record]:
     """Best against worst completion of each prompt, where they are told clearly apart."""
     assert samples.scores is not None
     return pairs(samples.texts, texts_of(samples), samples.scores.tolist())
+
+
+def as_ranking(pair: Record) -> Record:
+    """A pair as a ranking of two."""
+    return {"prompt": pair["prompt"], "responses": [pair["chosen"], pair["rejected"]], "scores": [1.0, 0.0]}
 
 
 def as_rankings(samples: Samples) -> list[Record]:
