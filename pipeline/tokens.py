@@ -5,21 +5,27 @@ Left out: chat templates (`chat`), what a response is (`rendering`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
 _ANCHORS = ("\n", ".", "0")
+_PROBES = ("a", " a\n0", "A long-ish sentence, with “marks” and 12 numbers: naïve 日本 🙂")
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Tokens of a text, and how many of its characters each one and those before it cover."""
+    """Tokens of a text, and where they lie in it."""
 
     ids: list[int]
-    ends: list[int]
+    places: Callable[[], list[int]]  # asked for rarely, and dear
+
+    @property
+    def ends(self) -> list[int]:
+        """How many characters of the text each token and those before it cover."""
+        return self.places()
 
 
 class Encoder:
@@ -31,11 +37,14 @@ class Encoder:
         self.eos: int | None = tokenizer.eos_token_id
         self.adds_bos = self.bos is not None and tokenizer("a")["input_ids"][:1] == [self.bos]
         self._knows_places = getattr(tokenizer, "is_fast", False)
+        self._direct = self._directly()
         # SentencePiece-like tokenizers put a space in front of every text; a response must not gain one.
         self._adds_space = tokenizer.decode(self.encode("a") * 2, clean_up_tokenization_spaces=False) == "a a"
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text that begins a sequence."""
+        if self._direct is not None:
+            return self._direct.encode(text, add_special_tokens=False).ids
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def alone(self, text: str, cuts: Sequence[int] = ()) -> Tokens:
@@ -50,12 +59,14 @@ class Encoder:
         """Tokens of a text that follows the context's, from both together where its own are a prefix of those."""
         if self._knows_places or not cuts:
             return self._follow(context, ids, part)
-        found = Tokens([], [])
+        whole: list[int] = []
+        ends: list[int] = []
         for start, stop in pairwise([0, *(cut for cut in cuts if cut < len(part)), len(part)]):
             if start < stop:
                 piece = self._follow(context if not start else "", ids if not start else [], part[start:stop])
-                found = Tokens(found.ids + piece.ids, found.ends + [start + end for end in piece.ends])
-        return found
+                whole += piece.ids
+                ends += [start + end for end in piece.ends]
+        return Tokens(whole, lambda: ends)
 
     def context(self, text: str, ids: list[int]) -> tuple[str, list[int]]:
         """The end of a text from its last special token on: nothing before it changes the tokens that follow."""
@@ -83,14 +94,34 @@ class Encoder:
         return self._placed(part)
 
     def _placed(self, text: str) -> Tokens:
+        if self._direct is not None:
+            encoding = self._direct.encode(text, add_special_tokens=False)
+            return Tokens(encoding.ids, lambda: _ends(encoding))
         found = self.tokenizer(text, add_special_tokens=False, verbose=False)
         ids = list(found["input_ids"])
         if not self._knows_places:
-            return Tokens(ids, [len(text)] * len(ids))
-        # Several tokens of one character end where it does; an end never lies before an earlier one.
-        return Tokens(ids, list(accumulate((end for _, end in found.encodings[0].offsets), max)))
+            return Tokens(ids, lambda: [len(text)] * len(ids))
+        return Tokens(ids, lambda: _ends(found.encodings[0]))
+
+    def _directly(self) -> Any:
+        """The Rust tokenizer below, where calling it without transformers between gives the same: half of the time."""
+        if not self._knows_places:
+            return None
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = getattr(self.tokenizer, "split_special_tokens", False)
+        texts = [*_PROBES, *(f"a{token}b" for token in self.tokenizer.all_special_tokens)]
+        wrapped = [list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
+        same = [backend.encode(text, add_special_tokens=False).ids for text in texts] == wrapped
+        return backend if same else None
 
 
 def _rest(tokens: Tokens, count: int, characters: int) -> Tokens:
     """What follows the first `count` tokens, which are those of as many `characters`."""
-    return Tokens(tokens.ids[count:], [max(0, end - characters) for end in tokens.ends[count:]])
+    return Tokens(tokens.ids[count:], lambda: [max(0, end - characters) for end in tokens.ends[count:]])
+
+
+def _ends(encoding: Any) -> list[int]:
+    """Several tokens of one character end where it does; an end never lies before an earlier one."""
+    return list(accumulate((end for _, end in encoding.offsets), max))
