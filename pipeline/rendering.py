@@ -90,10 +90,15 @@ class Renderer:
             return self._trajectories(record)
         chat = not isinstance(record.prompt, str)
         prompt_text = self._prompt_text(record.prompt)
-        own = self.encoder.encode(prompt_text)
-        parts = [self.chat.answer(record.prompt, prompt_text, text) if chat else text for text in record.ranked]
-        context = self.encoder.context(prompt_text, own) if chat else ("", [])
-        responses = [self._ended(self.encoder.after(*context, part).ids, chat) for part in parts]
+        if chat:
+            own = self.encoder.encode(prompt_text)
+            parts = [self.chat.answer(record.prompt, prompt_text, text) for text in record.ranked]
+            context = self.encoder.context(prompt_text, own)
+            bodies = [self.encoder.after(*context, part).ids for part in parts]
+        else:
+            parts = record.ranked
+            own, bodies = self.encoder.sequence(prompt_text, parts)
+        responses = [self._ended(body, chat) for body in bodies]
         whole = self._begun(own)
         prompt = self._cut_prompt(whole, record.prompt, max(map(len, responses)))
         room = self.data.max_length - len(prompt)

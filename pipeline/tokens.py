@@ -47,6 +47,13 @@ class Encoder:
             return self._direct.encode(text, add_special_tokens=False).ids
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
+    def sequence(self, first: str, others: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+        """Tokens of a text that begins a sequence, and of texts that continue it, each read on its own (`alone`)."""
+        if self._direct is None or self._adds_space:
+            return self.encode(first), [self.alone(text).ids for text in others]
+        own, *rest = self._direct.encode_batch_fast([first, *others], add_special_tokens=False)  # no places
+        return own.ids, [encoding.ids for encoding in rest]
+
     def alone(self, text: str, cuts: Sequence[int] = ()) -> Tokens:
         """Tokens of a text that continues another, without the space that some tokenizers put in front.
 
