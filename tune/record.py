@@ -21,6 +21,7 @@ from pipeline.fencing import Lease, Superseded
 from pipeline.progress import LOG_FILE, METRICS_FILE, Follower, read_metrics
 from pipeline.tracking import Status, Tracker
 from tune.group import STOP_FILE
+from tune.overhead import spent
 from tune.plan import Sweep
 from tune.table import State, Trial
 
@@ -101,7 +102,7 @@ class Recorder:
         with self._lock:
             one = self._open[number]
             if one.started is None:
-                one.started = time.monotonic()
+                one.started = time.time()
             self._sweep.table.put(one.trial)
         self._show(one.trial)
 
@@ -116,9 +117,12 @@ class Recorder:
                 self._leases.push(one.lease)  # a checkpoint that is being written may still be committed
             else:
                 one.lease.__exit__()
-            now = time.monotonic()
+            now = time.time()
             one.started = now if one.started is None else one.started  # it may fail before it starts
-            found = replace(_now(one.trial), state=state, reason=reason, seconds=round(now - one.started, 2))
+            parts = spent(Path(one.trial.run), one.started, now)
+            found = replace(
+                _now(one.trial), state=state, reason=reason, seconds=round(now - one.started, 2), spent=parts
+            )
             self._sweep.tell(self._sweep.table.put(found))
             one.trial = found
             self._ended.append((one, STATUS[state]))

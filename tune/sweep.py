@@ -95,9 +95,13 @@ def conduct(config: RunConfig, local: bool) -> Finished:
 
 def _describe(done: Finished) -> str:
     """Where everything is, and what to do next."""
+    from tune.overhead import describe
+
     lines, best = [f"sweep              {done.sweep.folder}"], done.best
     if done.tracker.location:
         lines.append(f"mlflow             {done.tracker.location}")
+    if overhead := describe([trial.spent for trial in done.sweep.table.trials.values()]):
+        lines.append(f"overhead           {overhead}")
     if best is None:
         return "\n".join([*lines, "best               none: no trial finished"])
     chosen = " ".join(f"{key}={value}" for key, value in best.overrides.items())

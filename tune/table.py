@@ -42,6 +42,7 @@ class Trial:
     metrics: dict[str, float] = field(default_factory=dict)  # newest value of each
     evaluation: dict[str, float] = field(default_factory=dict)  # of the finished model, where asked for
     seconds: float = 0.0  # from the trial's start to its end, in this state's process
+    spent: dict[str, float] = field(default_factory=dict)  # these seconds by part: see `overhead`
     reason: str = ""  # why it diverged, failed or was stopped
 
     @property
