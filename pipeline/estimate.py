@@ -111,8 +111,6 @@ def state_bytes(
     share = {part: workers if stage >= least else 1 for part, least in shares}
     master = 4 if stage >= 1 or dtype_bytes < 4 else 0
     gradient = dtype_bytes if stage == 0 else GRADIENT_BYTES
-    if stage == 1 and dtype_bytes < GRADIENT_BYTES:
-        gradient += dtype_bytes  # those of one micro-batch, before they are added to the float32 sum
     return {
         "weights": parameters * dtype_bytes / share["weights"],
         "gradients": trained * gradient / share["gradients"],
