@@ -80,7 +80,8 @@ def finish(folder: Path, state: Mapping[str, Any]) -> None:
     write_json(folder / STATE, state)
     entries = {}
     for path in sorted(folder.iterdir()):
-        if path.name.endswith(SEAL):
+        # A manifest, or a file half written, is of an earlier attempt to finish that the storage cut off.
+        if path.name.endswith(SEAL) or path.name == MANIFEST or path.name.startswith("."):
             continue
         seal = path.with_name(path.name + SEAL)
         entries[path.name] = json.loads(seal.read_text()) if seal.exists() else _entry(path)

@@ -18,6 +18,8 @@ from pipeline.fork_server import ForkServer
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
 
+logger = logging.getLogger(__name__)
+
 ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     # The controller notices the end of training at its next health check: 0.2 s instead of 2 s saves 4 s a run.
@@ -31,6 +33,8 @@ LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # Ray's C++ side warns on our terminal of things that only its own log files are for.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
+}
+FORKED_ENVIRONMENT = {
     # The Python processes that Ray would have ready are none that a fork server made.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
@@ -43,7 +47,10 @@ def begin_imports() -> None:
     """Have a process import what workers on this machine need, beside whatever this one does until `connect`."""
     global _server
     if _server is None and not os.environ.get("RAY_ADDRESS") and sys.platform == "linux":
-        _server = ForkServer(ENVIRONMENT)
+        try:
+            _server = ForkServer(ENVIRONMENT)
+        except OSError as error:  # no room for its socket, say: workers start as they would without it
+            logger.warning("workers will start slowly: %s", error)
 
 
 def import_beside(*modules: str) -> None:
@@ -71,6 +78,8 @@ def connect(config: RunConfig) -> None:
         )
     _set_environment(LOCAL_ENVIRONMENT)
     python = _python(config.scaling.gpus_per_worker > 0)
+    if python is not None:
+        _set_environment(FORKED_ENVIRONMENT)
     with _without_line(b"Set ray log level"):  # said each time the level is set
         # Workers' prints stay in Ray's log files: what a person should know comes through the run's log (see `progress`).
         ray.init(

@@ -45,8 +45,14 @@ MODULES = (
 )
 """Without Ray: see above."""
 JOB_MODULES = ("ray.train.torch", "ray.train.v2._internal.execution.controller", "pipeline.elastic")
+REQUEST_SECONDS = 5.0
+"""A client says what it wants in one go."""
 JOB = ("RAY_RAYLET_PID", "RAY_JOB_ID")
 """What Ray reads from the environment while it is imported, and which no two jobs share."""
+
+
+WITHOUT_GPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+"""DeepSpeed looks for GPUs while it is imported, and no fork could use one that this process has touched."""
 
 
 class ForkServer:
@@ -66,7 +72,9 @@ class ForkServer:
     ) -> None:
         self._address = str(Path(tempfile.mkdtemp(prefix="qalign-"), "fork"))
         root = str(Path(__file__).parents[1])
-        program = f"import sys; sys.path.append({root!r}); from pipeline.fork_server import main; main(*sys.argv[1:])"
+        program = (
+            f"import sys; sys.path.insert(0, {root!r}); from pipeline.fork_server import main; main(*sys.argv[1:])"
+        )
         with listen(self._address) as listener:
             told = [self._address, str(listener.fileno()), ",".join(modules), ",".join(job_modules)]
             self._process = subprocess.Popen(
@@ -75,7 +83,7 @@ class ForkServer:
                 stdout=subprocess.DEVNULL,  # libraries greet while they are imported
                 pass_fds=[listener.fileno()],
                 start_new_session=True,  # Ctrl-C is for the parent to handle
-                env=dict(environment) | os.environ,
+                env=dict(environment) | os.environ | WITHOUT_GPU,
             )
         atexit.register(self._end)
 
@@ -166,11 +174,18 @@ class Server:
         return None
 
     def _accept(self) -> Worker | Server | None:
+        if self.listener.fileno() < 0:  # closed by an event of the same moment
+            return None
         client, _ = self.listener.accept()
-        worker = _read(client)
+        client.settimeout(REQUEST_SECONDS)
+        try:
+            worker = _read(client)
+        except (OSError, ValueError, KeyError):  # gone in the middle of its request
+            worker = None
         if worker is None:
             client.close()
             return None
+        client.settimeout(None)
         if self.of_job:
             return self._fork(worker, client)
         with client:
@@ -178,7 +193,8 @@ class Server:
                 server = self._fork_server(worker)
                 if server is not None:
                     return server
-            client.sendall(f"{self.jobs[worker.job][0]}\n".encode())
+            with contextlib.suppress(OSError):
+                client.sendall(f"{self.jobs[worker.job][0]}\n".encode())
         for file in worker.files:
             os.close(file)
         return None
@@ -189,7 +205,8 @@ class Server:
             client.close()
             self._leave()
             return worker
-        client.sendall(b"forked\n")
+        with contextlib.suppress(OSError):  # it has gone: the next event says so
+            client.sendall(b"forked\n")
         for file in worker.files:
             os.close(file)
         self.clients[process] = client
@@ -233,6 +250,8 @@ class Server:
 
     def _forsaken(self, process: int) -> None:
         """A client was killed: so was its worker meant to be."""
+        if process not in self.clients:  # ended in the same moment
+            return
         self.events.unregister(self.clients[process])
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)

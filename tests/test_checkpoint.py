@@ -200,3 +200,28 @@ def test_prune_keeps_the_newest_and_the_best(run: Path) -> None:
     checkpoint.prune(run, 1)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-100000000"]
     assert load_file(checkpoint.saved(run)[0] / "weights-00001-of-00002.safetensors")["a"].shape == (2, 3)
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_finishing_again_after_the_storage_failed_gives_a_checkpoint_that_can_be_read(
+    run: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    """Each flush of the state and the manifest, of the file and of its folder, fails once."""
+    folder, calls = run / "finishing", []
+    folder.mkdir(parents=True)
+    checkpoint.write_tensors(folder / "weights-00001-of-00001.safetensors", WEIGHTS)
+
+    def fails_once(path: Path) -> None:
+        calls.append(path)
+        if len(calls) == failing + 1:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("pipeline.durable.flush", fails_once)
+    with pytest.raises(OSError, match="Input/output"):
+        checkpoint.finish(folder, {"step": 1})
+    checkpoint.finish(folder, {"step": 1})
+    checkpoint.verify(folder)
+    assert sorted(json.loads((folder / "manifest.json").read_text())["files"]) == [
+        "state.json",
+        "weights-00001-of-00001.safetensors",
+    ]

@@ -7,6 +7,7 @@ import os
 import resource
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -126,6 +127,28 @@ def test_a_killed_client_takes_its_worker_along(server, tmp_path):
     client.kill()
     assert wait_for(lambda: gone(worker))
     assert told(server, tmp_path)["name"] == "__main__"  # the server goes on
+
+
+def test_clients_that_go_away_while_the_server_imports_do_not_take_it_along(tmp_path):
+    (tmp_path / "slow.py").write_text("import time; time.sleep(0.7)\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        patch.chdir(tmp_path)
+        slow = ForkServer({}, ["slow", "colorsys"], ["tabnanny"])
+        impatient = start(slow, tmp_path / "none.py")
+        for sent in (b"", b"\x00", (10_000).to_bytes(8, "big") + b"{"):
+            with socket.socket(socket.AF_UNIX) as client, (tmp_path / "file").open("w") as file:
+                client.connect(slow._address)
+                if sent:
+                    socket.send_fds(client, [sent], [file.fileno()] * 3)
+        time.sleep(0.1)
+        impatient.kill()
+        first = told(slow, tmp_path)
+    assert first["early"]
+    assert first["late"]
+    assert told(slow, tmp_path)["parent"] == first["parent"]
+    slow.close()
+    assert slow._process.wait(10) == 0
 
 
 def test_without_a_server_the_client_is_the_ordinary_python(server, tmp_path):

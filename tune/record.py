@@ -102,7 +102,7 @@ class Recorder:
         with self._lock:
             one = self._open[number]
             if one.started is None:
-                one.started = time.time()
+                one.started = time.monotonic()
             self._sweep.table.put(one.trial)
         self._show(one.trial)
 
@@ -117,12 +117,10 @@ class Recorder:
                 self._leases.push(one.lease)  # a checkpoint that is being written may still be committed
             else:
                 one.lease.__exit__()
-            now = time.time()
-            one.started = now if one.started is None else one.started  # it may fail before it starts
-            parts = spent(Path(one.trial.run), one.started, now)
-            found = replace(
-                _now(one.trial), state=state, reason=reason, seconds=round(now - one.started, 2), spent=parts
-            )
+            now = time.monotonic()
+            seconds = now - (now if one.started is None else one.started)  # it may fail before it starts
+            parts = spent(Path(one.trial.run), time.time() - seconds, time.time())
+            found = replace(_now(one.trial), state=state, reason=reason, seconds=round(seconds, 2), spent=parts)
             self._sweep.tell(self._sweep.table.put(found))
             one.trial = found
             self._ended.append((one, STATUS[state]))
