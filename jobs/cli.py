@@ -1,6 +1,7 @@
 """What all jobs share: the command line, and errors as one line.
 
-A job is a module with `HELP`, `run(config, options)` and, for options of its own, `arguments(parser)`.
+A job is a module with `HELP`, `run(config, options)` and, for options of its own, `arguments(parser)`. Where it can do without Ray,
+`needs_ray(options)` tells whether it will need it.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def run_job(job: ModuleType, argv: Sequence[str] | None = None) -> int:
     options = parser.parse_intermixed_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at the first large tensor; see `pipeline.cluster`
-    if not options.local and not getattr(options, "dry_run", False) and not getattr(options, "status", False):
+    if not options.local and getattr(job, "needs_ray", lambda _: True)(options):
         from pipeline.cluster import begin_imports
 
         begin_imports()

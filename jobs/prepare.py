@@ -16,6 +16,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="show what would happen, write nothing")
 
 
+def needs_ray(options: argparse.Namespace) -> bool:
+    return not options.dry_run
+
+
 def run(config: RunConfig, options: argparse.Namespace) -> None:
     if options.dry_run:
         from jobs.preview import preview

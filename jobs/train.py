@@ -21,6 +21,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def needs_ray(options: argparse.Namespace) -> bool:
+    return not (options.dry_run or options.status)
+
+
 def run(config: RunConfig, options: argparse.Namespace) -> None:
     if options.status:
         from pipeline.status import describe as describe_status
