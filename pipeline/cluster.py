@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ConfigError
-from pipeline.fork_server import ForkServer
+from pipeline.forks import ForkServer
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig

@@ -1,22 +1,14 @@
-"""A process that has imported what Ray's workers need, and forks them: a worker on one's own machine starts in milliseconds.
-
-    server = ForkServer(environment)        imports begin, beside whatever this process does next
-    ray.init(runtime_env={"py_executable": server.python})
-
-Ray starts five Python processes for one training worker, each of which would spend seconds of CPU on importing torch, Ray Train,
-transformers and DeepSpeed. `py_executable`, a setting of Ray, names the program that runs a worker's script: here `fork_client`,
-which asks this server.
+"""The process that forks Ray's workers (`forks` says why): it imports what they need, then serves `fork_client`s.
 
 There are two kinds of server. The first imports all but Ray, which reads what is special to a node and a job while it is imported.
 For the first worker of each job it forks another one, which imports Ray as this worker would, and forks all workers of this job.
 A server does nothing but fork: it has used no GPU and no thread of torch's, so that its forks are sound.
 
-Left out: clusters, whose nodes start their workers; GPUs (`cluster` decides).
+Left out: starting it, and when that makes sense (`forks`, `cluster`).
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import gc
 import importlib
@@ -25,14 +17,11 @@ import os
 import resource
 import runpy
 import selectors
-import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -44,63 +33,11 @@ MODULES = (
     "pipeline.loop",
 )
 """Without Ray: see above."""
-JOB_MODULES = ("ray.train.torch", "ray.train.v2._internal.execution.controller", "pipeline.elastic")
+JOB_MODULES = ("ray.train.torch", "pipeline.elastic")
 REQUEST_SECONDS = 5.0
 """A client says what it wants in one go."""
 JOB = ("RAY_RAYLET_PID", "RAY_JOB_ID")
 """What Ray reads from the environment while it is imported, and which no two jobs share."""
-
-
-WITHOUT_GPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-"""DeepSpeed looks for GPUs while it is imported, and no fork could use one that this process has touched."""
-
-
-class ForkServer:
-    """The server, for the process that started it: with this process it ends too, as soon as the last worker has ended.
-
-    Args:
-        environment: variables that the modules read while they are imported; what a user has set comes first.
-        modules: what is imported at once.
-        job_modules: what is imported as soon as a job has its first worker.
-    """
-
-    def __init__(
-        self,
-        environment: Mapping[str, str],
-        modules: Sequence[str] = MODULES,
-        job_modules: Sequence[str] = JOB_MODULES,
-    ) -> None:
-        self._address = str(Path(tempfile.mkdtemp(prefix="qalign-"), "fork"))
-        root = str(Path(__file__).parents[1])
-        program = (
-            f"import sys; sys.path.insert(0, {root!r}); from pipeline.fork_server import main; main(*sys.argv[1:])"
-        )
-        with listen(self._address) as listener:
-            told = [self._address, str(listener.fileno()), ",".join(modules), ",".join(job_modules)]
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-c", program, *told],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,  # libraries greet while they are imported
-                pass_fds=[listener.fileno()],
-                start_new_session=True,  # Ctrl-C is for the parent to handle
-                env=dict(environment) | os.environ | WITHOUT_GPU,
-            )
-        atexit.register(self._end)
-
-    @property
-    def python(self) -> str:
-        """For Ray's `py_executable`: the words of a command."""
-        return shlex.join([sys.executable, "-I", "-S", str(Path(__file__).with_name("fork_client.py")), self._address])
-
-    def close(self) -> None:
-        """No more workers. Those that are there live on."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-
-    def _end(self) -> None:
-        """At our end: imports that nobody waits for any more end with us."""
-        self._process.terminate()
-        shutil.rmtree(Path(self._address).parent, ignore_errors=True)
 
 
 @dataclass(slots=True)
@@ -119,14 +56,25 @@ class Worker:
 
 
 def _read(client: socket.socket) -> Worker | None:
-    """None where the client has gone."""
-    head, files, _, _ = socket.recv_fds(client, 8, 3)
-    if len(head) < 8 or len(files) < 3:
+    """None where the client has gone in the middle of its request."""
+    files: list[int] = []
+    client.settimeout(REQUEST_SECONDS)
+    try:
+        head, files, _, _ = socket.recv_fds(client, 8, 3)
+        with client.makefile("rb") as stream:
+            asked = json.loads(stream.read(int.from_bytes(head, "big")))
+        if len(files) < 3:
+            raise ValueError("no standard files")
+        client.settimeout(None)
+        return Worker(**asked, files=list(files))
+    except (OSError, ValueError, TypeError):
+        _close(files)
         return None
-    with client.makefile("rb") as stream:
-        body = stream.read(int.from_bytes(head, "big"))
-    plain = json.loads(body)
-    return Worker(plain["arguments"], plain["environment"], plain["folder"], plain["open_files"], list(files))
+
+
+def _close(files: Sequence[int]) -> None:
+    for file in files:
+        os.close(file)
 
 
 @dataclass(slots=True)
@@ -139,6 +87,8 @@ class Server:
         lifeline: is at its end when the parent has gone.
         job_modules: what the server of a job imports.
         of_job: whether workers are forked here, or by a server of their job.
+        jobs: of each job, its server's socket and our end of that server's lifeline.
+        clients: by process, who it was forked for.
     """
 
     address: str
@@ -146,10 +96,8 @@ class Server:
     lifeline: int
     job_modules: Sequence[str]
     of_job: bool = False
-    jobs: dict[str, tuple[str, int]] = field(
-        default_factory=dict
-    )  # job → its server's socket, and our end of its lifeline
-    clients: dict[int, socket.socket] = field(default_factory=dict)  # process → who it was forked for
+    jobs: dict[str, tuple[str, int]] = field(default_factory=dict)
+    clients: dict[int, socket.socket] = field(default_factory=dict)
     events: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
 
     def serve(self) -> Worker | Server | None:
@@ -177,15 +125,10 @@ class Server:
         if self.listener.fileno() < 0:  # closed by an event of the same moment
             return None
         client, _ = self.listener.accept()
-        client.settimeout(REQUEST_SECONDS)
-        try:
-            worker = _read(client)
-        except (OSError, ValueError, KeyError):  # gone in the middle of its request
-            worker = None
+        worker = _read(client)
         if worker is None:
             client.close()
             return None
-        client.settimeout(None)
         if self.of_job:
             return self._fork(worker, client)
         with client:
@@ -195,8 +138,7 @@ class Server:
                     return server
             with contextlib.suppress(OSError):
                 client.sendall(f"{self.jobs[worker.job][0]}\n".encode())
-        for file in worker.files:
-            os.close(file)
+        _close(worker.files)
         return None
 
     def _fork(self, worker: Worker, client: socket.socket) -> Worker | None:
@@ -207,8 +149,7 @@ class Server:
             return worker
         with contextlib.suppress(OSError):  # it has gone: the next event says so
             client.sendall(b"forked\n")
-        for file in worker.files:
-            os.close(file)
+        _close(worker.files)
         self.clients[process] = client
         self.events.register(client, selectors.EVENT_READ, lambda: self._forsaken(process))
         return None
@@ -220,8 +161,7 @@ class Server:
         if os.fork() == 0:
             os.close(held)
             self._leave()
-            for file in worker.files:
-                os.close(file)
+            _close(worker.files)
             enter(worker)
             load(self.job_modules)
             return Server(address, listener, lifeline, (), of_job=True)

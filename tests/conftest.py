@@ -185,7 +185,7 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     from pipeline.cluster import ENVIRONMENT
-    from pipeline.fork_server import ForkServer
+    from pipeline.forks import ForkServer
 
     os.environ.update(ENVIRONMENT)
     server = ForkServer(ENVIRONMENT)

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.fork_server import ForkServer
+from pipeline.forks import ForkServer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="used on Linux only")
 
@@ -136,11 +136,18 @@ def test_clients_that_go_away_while_the_server_imports_do_not_take_it_along(tmp_
         patch.chdir(tmp_path)
         slow = ForkServer({}, ["slow", "colorsys"], ["tabnanny"])
         impatient = start(slow, tmp_path / "none.py")
-        for sent in (b"", b"\x00", (10_000).to_bytes(8, "big") + b"{"):
+        whole = json.dumps({"arguments": ["none.py"], "environment": {}, "folder": "/", "open_files": 64}).encode()
+        requests = [
+            (b"", 0),
+            (b"\x00", 3),
+            ((10_000).to_bytes(8, "big") + b"{", 3),
+            (len(whole).to_bytes(8, "big") + whole, 1),
+        ]
+        for sent, files in requests:
             with socket.socket(socket.AF_UNIX) as client, (tmp_path / "file").open("w") as file:
                 client.connect(slow._address)
                 if sent:
-                    socket.send_fds(client, [sent], [file.fileno()] * 3)
+                    socket.send_fds(client, [sent], [file.fileno()] * files)
         time.sleep(0.1)
         impatient.kill()
         first = told(slow, tmp_path)
@@ -172,7 +179,7 @@ def test_a_server_that_cannot_import_leaves_the_ordinary_python(tmp_path):
 def test_a_server_that_is_still_importing_ends_with_its_parent(tmp_path):
     (tmp_path / "endless.py").write_text("import time; time.sleep(60)\n")
     program = (
-        "import sys\nfrom pipeline.fork_server import ForkServer\n"
+        "import sys\nfrom pipeline.forks import ForkServer\n"
         "server = ForkServer({}, ['endless'], [])\nprint(server._process.pid, server._address)\n"
     )
     paths = os.pathsep.join([str(Path(__file__).parents[1]), str(tmp_path)])
@@ -193,7 +200,7 @@ def test_the_server_ends_with_its_parent_and_its_last_worker(tmp_path):
     script = tmp_path / "work.py"
     script.write_text("import os, sys, time\nprint(os.getpid(), os.getppid(), flush=True)\nsys.stdin.readline()\n")
     program = (
-        "import shlex, subprocess, sys\nfrom pipeline.fork_server import ForkServer\n"
+        "import shlex, subprocess, sys\nfrom pipeline.forks import ForkServer\n"
         "server = ForkServer({}, ['colorsys'], ['colorsys'])\n"
         f"subprocess.Popen([*shlex.split(server.python), {str(script)!r}])\nprint(server._process.pid, flush=True)\n"
         "import time; time.sleep(60)\n"
