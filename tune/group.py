@@ -1,8 +1,8 @@
 """A group of training workers that stays warm: plain Ray actors that run `train_worker` again and again.
 
-A Ray Train start costs 10 to 20 s where its processes are not forked (`pipeline.forks`), most of it imports. Here each trial costs the loading of its model only: the
-processes live on, and join a new process group for each trial. A worker that died takes the group with it; the next start
-makes a new one.
+A Ray Train start costs 10 to 20 s where its processes are not forked (`pipeline.forks`), most of it imports. Here each trial
+costs the loading of its model only: the processes live on, and join a new process group for each trial. A worker that died takes
+the group with it; the next start makes a new one.
 """
 
 from __future__ import annotations
