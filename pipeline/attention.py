@@ -1,21 +1,22 @@
 """Attention over rows that lie behind each other without padding, for CPUs.
 
-A group is `[prompt | response 1 | … | response K]`. Its prompt is plain causal attention; its responses' queries see the
-prompt and themselves, by a mask. No group meets another one's keys, so nothing is computed between them, nor for padding.
-transformers' models call this like any other implementation, under the name `GROUPS`; they get `Group`s in place of a mask.
+A group is `[prompt | response 1 | … | response K]`. Its prompt is plain causal attention; its responses look at the prompt, which
+hides nothing from them, and each at itself, causally. A query that looks at two blocks of keys gets the mean of what it finds in
+either, by their sums of exponentials. So no score is computed only to be masked: neither between groups or responses, nor for
+padding. transformers' models call this like any other implementation, under the name `GROUPS`; they get lengths in place of a mask.
 
 Left out: GPUs, where FlexAttention skips what nobody looks at (`trunk`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from pipeline.collate import group_mask
 
@@ -25,17 +26,39 @@ GROUPS = "qalign_groups"
 BUNDLE = 256
 """Short groups go together, up to so many tokens: below that, calls cost more than the scores between groups."""
 
+SHORT = 128
+"""For the same reason responses that have no more tokens together look at themselves under one mask."""
+
 Group = tuple[int, ...]
 """(tokens of the prompt, of response 1, …, of response K)"""
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """One call of the kernel: a bundle's queries [start, stop) against its keys [0, stop) under `mask`; None: causal."""
+class Block:
+    """One call of the kernel: queries [start, stop) against keys [first, last)."""
 
     start: int
     stop: int
-    mask: Tensor | None
+    first: int
+    last: int
+    causal: bool = False  # of as many queries as keys
+    mask: Tensor | None = None  # bool, true where a query sees a key
+
+    @property
+    def queries(self) -> slice:
+        return slice(self.start, self.stop)
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.first, self.last)
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What a range of queries sees: the keys of `block`, and those of `own`, whose queries are parts of the range."""
+
+    block: Block
+    own: tuple[Block, ...] = ()
 
 
 def register() -> None:
@@ -78,34 +101,49 @@ def group_attention(
     (window, *_), *rows = attention_mask[0, 0].tolist()
     heads = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, heads), repeat_kv(value, heads)
-    bundles = plan(tuple(tuple(n for n in row if n) for row in rows), window)
-    lengths = [bundle[-1].stop for bundle in bundles]
-    parts = []
-    for calls, q, k, v in zip(bundles, *(x.split(lengths, 2) for x in (query, key, value)), strict=True):
-        for call in calls:
-            part = q[:, :, call.start : call.stop], k[:, :, : call.stop], v[:, :, : call.stop]
-            parts.append(scaled_dot_product_attention(*part, call.mask, is_causal=call.mask is None, scale=scaling))
-    return torch.cat(parts, 2).transpose(1, 2), None
+    sights = plan(tuple(tuple(n for n in row if n) for row in rows), window)
+    return _Attention.apply(query, key, value, sights, scaling), None
+
+
+# ----------------------------------------------------------------------------------------------------- plan
 
 
 @lru_cache(maxsize=4)  # all layers of a forward, and their recomputation, ask for the same ones
-def plan(groups: tuple[Group, ...], window: int) -> tuple[tuple[Call, ...], ...]:
-    """Bundles of consecutive groups, each with the calls that compute it. window: 0 for none."""
+def plan(groups: tuple[Group, ...], window: int) -> tuple[Sight, ...]:
+    """What the queries see, in their order. window: 0 for none."""
     bundles: list[list[Group]] = [[]]
     for group in groups:
         if bundles[-1] and sum(map(sum, [*bundles[-1], group])) > BUNDLE:
             bundles.append([])
         bundles[-1].append(group)
-    return tuple(_calls(bundle, window) for bundle in bundles)
+    sights, start = [], 0
+    for bundle in bundles:
+        sights += _sights(bundle, start, window)
+        start += sum(map(sum, bundle))
+    return tuple(sights)
 
 
-def _calls(bundle: list[Group], window: int) -> tuple[Call, ...]:
+def _sights(bundle: list[Group], start: int, window: int) -> Iterator[Sight]:
     tokens = sum(map(sum, bundle))
-    visible = torch.block_diag(*(_visible(group, window) for group in bundle))
-    prompt = bundle[0][0]
-    if tokens <= BUNDLE or window or tokens == prompt:
-        return (Call(0, tokens, visible),)
-    return Call(0, prompt, None), Call(prompt, tokens, visible[prompt:])
+    if tokens <= BUNDLE or window:
+        mask = torch.block_diag(*(_visible(group, window) for group in bundle))
+        yield Sight(Block(start, start + tokens, start, start + tokens, mask=mask))
+        return
+    ((prompt, *responses),) = bundle  # a group that is longer than a bundle is alone in it
+    behind, end = start + prompt, start + tokens
+    yield Sight(Block(start, behind, start, behind, causal=True))
+    if responses:
+        yield Sight(Block(behind, end, start, behind), tuple(_own(responses, behind)))
+
+
+def _own(responses: list[int], start: int) -> Iterator[Block]:
+    if len(responses) > 1 and sum(responses) <= SHORT:
+        end = start + sum(responses)
+        yield Block(start, end, start, end, mask=torch.block_diag(*(_visible((n,), 0) for n in responses)))
+        return
+    for tokens in responses:
+        yield Block(start, start + tokens, start, start + tokens, causal=True)
+        start += tokens
 
 
 def _visible(group: Group, window: int) -> Tensor:
@@ -117,3 +155,96 @@ def _visible(group: Group, window: int) -> Tensor:
     starts = torch.tensor([0, *group]).cumsum(0)[:-1]
     position = torch.arange(len(segment)) - starts[segment] + torch.where(segment > 0, group[0], 0)
     return seen & (position[:, None] - position[None] < window)
+
+
+# -------------------------------------------------------------------------------------------------- kernels
+
+
+class _Attention(torch.autograd.Function):
+    """query, key, value [1, H, N, D] → [1, N, H, D].
+
+    The kernels are those behind `scaled_dot_product_attention`. Called by their own names they tell each query's sum of exponentials,
+    by which blocks are put together, and their gradients go where they belong without a tensor of zeros per slice. In the
+    backward pass a block gets the whole output and the whole sum: its part of the gradient is then exact (FlashAttention,
+    arXiv 2205.14135, app. B.2, says so for its tiles of keys).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sights: tuple[Sight, ...], scale: float | None
+    ) -> Tensor:
+        _, heads, tokens, width = query.shape
+        out = query.new_empty(1, tokens, heads, width)
+        sums = []
+        for sight in sights:
+            found, total = _forward(query, key, value, sight.block, scale)
+            for own in sight.own:
+                part = slice(own.start - sight.block.start, own.stop - sight.block.start)
+                _merge(found[:, :, part], total[:, :, part], *_forward(query, key, value, own, scale))
+            out[:, sight.block.queries] = found.transpose(1, 2)
+            sums.append(total)
+        ctx.save_for_backward(query, key, value, out, *sums)
+        ctx.sights, ctx.scale = sights, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, *sums = ctx.saved_tensors
+        grads = tuple(torch.empty_like(x) for x in (query, key, value))
+        by_out, out = grad.contiguous().transpose(1, 2), out.transpose(1, 2)
+        written = 0  # keys before this one have their first gradient, all those behind it none
+        for sight, total in zip(ctx.sights, sums, strict=True):
+            for block in (sight.block, *sight.own):
+                part = slice(block.start - sight.block.start, block.stop - sight.block.start)
+                found = _backward(by_out, query, key, value, out, total[:, :, part], block, ctx.scale)
+                _add(grads[0], block.queries, found[0], first=block is sight.block)
+                for into, more in zip(grads[1:], found[1:], strict=True):
+                    _add(into, block.keys, more, first=block.first >= written)
+                written = max(written, block.last)
+        return *grads, None, None
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, block: Block, scale: float | None) -> tuple[Tensor, Tensor]:
+    """What the block's queries find, [1, H, n, D], and the logarithm of their sums of exponentials, [1, H, n]."""
+    keys, values = key[:, :, block.keys], value[:, :, block.keys]
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    mask = None if block.mask is None else _added(block.mask, query.dtype)
+    return kernel(query[:, :, block.queries], keys, values, 0.0, block.causal, attn_mask=mask, scale=scale)
+
+
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    total: Tensor,
+    block: Block,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The block's part of the gradients of its queries, keys and values; grad and out are [1, H, N, D], total is the block's."""
+    at, keys = block.queries, block.keys
+    tensors = grad[:, :, at], query[:, :, at], key[:, :, keys], value[:, :, keys], out[:, :, at], total
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    mask = None if block.mask is None else _added(block.mask, query.dtype)
+    return kernel(*tensors, 0.0, block.causal, attn_mask=mask, scale=scale)
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as the kernels read it: added to the scores."""
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+
+
+def _merge(found: Tensor, total: Tensor, more: Tensor, more_total: Tensor) -> None:
+    """What queries find in two blocks of keys together; replaces `found` and `total`."""
+    both = torch.logaddexp(total, more_total)
+    found.lerp_(more, (more_total - both).exp()[..., None].to(more.dtype))
+    total.copy_(both)
+
+
+def _add(into: Tensor, places: slice, part: Tensor, first: bool) -> None:
+    at = into[:, :, places]
+    if first:
+        at.copy_(part)
+    else:
+        at.add_(part)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import RunConfig
+from pipeline.heap import keep_freed_memory
 
 
 @contextmanager
@@ -19,6 +20,8 @@ def process_group(config: RunConfig) -> Iterator[torch.device]:
     """Yields this worker's device. A group that this call made is taken down again: the worker is re-entrant."""
     device = _device(config)
     torch.set_num_threads(threads(config))
+    if device.type == "cpu":
+        keep_freed_memory()
     if dist.is_initialized():
         yield device
         return

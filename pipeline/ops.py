@@ -23,6 +23,9 @@ KEPT_BYTES = 256 * 2**20
 """Of the first chunks so many bytes stay for the backward pass; later ones are projected a second time there."""
 
 
+RARE = 1e-30
+"""Below it a float32 probability has lost digits, or is 0."""
+
 Projection = Callable[[Tensor], Tensor]
 """A language model's output head: hidden states [N, D] → logits [N, V]."""
 
@@ -95,16 +98,14 @@ def _logprobs(project: Projection, hidden: Tensor, ids: Tensor) -> tuple[Tensor]
 class _Selected(torch.autograd.Function):
     """log softmax(logits)[ids], [n, V], [n] → [n].
 
-    Keeps the probabilities π: the gradient, g · (one-hot − π), is then one pass over the chunk, in place. The largest
-    probability is e^{max − logsumexp}, which saves a pass for the logsumexp.
+    Keeps the probabilities π: the gradient, g · (one-hot − π), is then one pass over the chunk, in place.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
         probs = logits.softmax(-1)
         ctx.save_for_backward(probs, ids)
-        total = logits.amax(-1) - probs.amax(-1).log()
-        return logits.gather(-1, ids[:, None]).squeeze(-1) - total
+        return _at(logits, ids) - _logsumexp(logits, probs, ids)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -137,8 +138,7 @@ class _SelectedAndKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor, ref_logits: Tensor, kl: str) -> tuple[Tensor, Tensor]:
         probs, ref_probs = logits.softmax(-1), ref_logits.softmax(-1)
-        total = logits.amax(-1) - probs.amax(-1).log()
-        ref_total = ref_logits.amax(-1) - ref_probs.amax(-1).log()
+        total, ref_total = _logsumexp(logits, probs, ids), _logsumexp(ref_logits, ref_probs, ids)
         if kl == "forward":
             chance, between = ref_probs, ref_total - total
             gap = ref_logits - logits
@@ -150,7 +150,7 @@ class _SelectedAndKL(torch.autograd.Function):
             mean = _dot(chance, gap.masked_fill_(chance == 0, 0.0))
         ctx.save_for_backward(probs, ids, ref_probs if kl == "forward" else gap, mean)
         ctx.kl = kl
-        return logits.gather(-1, ids[:, None]).squeeze(-1) - total, mean - between
+        return _at(logits, ids) - total, mean - between
 
     @staticmethod
     def backward(ctx: Any, by_logprob: Tensor, by_kl: Tensor) -> tuple[Tensor, None, None, None]:
@@ -161,6 +161,20 @@ class _SelectedAndKL(torch.autograd.Function):
         else:
             grad = probs.mul_(other.sub_(mean[:, None]).mul_(weight).sub_(column))
         return grad.scatter_add_(-1, ids[:, None], column), None, None, None
+
+
+def _at(rows: Tensor, ids: Tensor) -> Tensor:
+    """One entry of each row: [n, V], [n] → [n]."""
+    return rows.gather(-1, ids[:, None]).squeeze(-1)
+
+
+def _logsumexp(logits: Tensor, probs: Tensor, ids: Tensor) -> Tensor:
+    """Of logits whose softmax is known, without a pass over them: π_i = e^{logit_i − logsumexp} for any i. [n, V] ×2, [n] → [n]"""
+    one = _at(probs, ids)
+    total = _at(logits, ids) - one.log()
+    if (rare := one < RARE).any():
+        total[rare] = logits[rare].logsumexp(-1)
+    return total
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

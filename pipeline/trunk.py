@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline import attention
+from pipeline import attention, last_layer
 from pipeline.collate import collate, group_mask
 from pipeline.contracts import Batch, Row
 
@@ -67,9 +67,11 @@ def _states(lm: nn.Module, batch: Batch, inputs: Tensor, b: Tensor, k: Tensor, t
 def _flat_states(lm: nn.Module, batch: Batch, inputs: Tensor, b: Tensor, t: Tensor) -> Tensor:
     live = batch.segment >= 0
     form = _blocks if lm.config._attn_implementation == "flex_attention" else _groups
-    hidden = _run(lm, inputs[live][None], _masks(lm, form, batch), batch.position_ids[live][None])
-    place = live.flatten().cumsum(0).view(live.shape) - 1  # of a row's token among all
-    return hidden[0].index_select(0, place[b, t])
+    flat = inputs[live][None]
+    places = (live.flatten().cumsum(0).view(live.shape) - 1)[b, t]  # of a row's token among all
+    with last_layer.read_at(lm, places, flat.shape[1]):
+        hidden = _run(lm, flat, _masks(lm, form, batch), batch.position_ids[live][None])
+    return hidden[0].index_select(0, places)
 
 
 def _run(lm: nn.Module, inputs: Tensor, mask: Any, position_ids: Tensor | None = None) -> Tensor:
@@ -191,6 +193,8 @@ def _try(lm: nn.Module, batch: Batch, layout: Layout, exact: Tensor) -> str | No
         if layout == "flat" and asked == "sdpa":
             attention.register()
             lm.set_attn_implementation(attention.GROUPS)
+        if layout == "flat":
+            last_layer.attach(lm)
         states = token_states(lm, batch, layout)
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
         reason = f"it does not accept a block mask: {' '.join(str(error).split())[:200]}"

@@ -1,0 +1,63 @@
+"""The last layer's feed-forward block, where somebody reads what comes of it: at the states that predict trained tokens.
+
+Nothing looks at a prompt's last hidden states, except for the one that predicts the responses' first tokens. All layers before
+need them, and so do the keys and values of the last one; its feed-forward block does not, because it treats each position alone.
+
+Left out: what is read (`trunk`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor, nn
+
+_READ: ContextVar[tuple[Tensor, int] | None] = ContextVar("read", default=None)
+"""The places that are read, and how many there are."""
+
+
+def attach(lm: nn.Module) -> None:
+    """Make a language model's last feed-forward block skip what nobody reads; models that have none by that name stay as they are."""
+    block = getattr(_last_layer(lm), "mlp", None)
+    if block is not None and _select not in block._forward_pre_hooks.values():
+        block.register_forward_pre_hook(_select)
+        block.register_forward_hook(_spread)
+
+
+@contextmanager
+def read_at(lm: nn.Module, places: Tensor, tokens: int) -> Iterator[None]:
+    """In a forward of flat rows [1, tokens, …] only the states at `places` [n] are read, which may repeat.
+
+    Not where layers are computed again in the backward pass: by then nobody would know.
+    """
+    known = None if getattr(lm, "is_gradient_checkpointing", False) else (places.unique(), tokens)
+    token = _READ.set(known)
+    try:
+        yield
+    finally:
+        _READ.reset(token)
+
+
+def _last_layer(lm: nn.Module) -> nn.Module | None:
+    for name in ("layers", "h"):
+        layers = getattr(lm.base_model, name, None)
+        if isinstance(layers, nn.ModuleList) and len(layers):
+            return layers[-1]
+    return None
+
+
+def _select(block: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
+    read = _READ.get()
+    return None if read is None or len(args) != 1 else (args[0].index_select(1, read[0]),)
+
+
+def _spread(block: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
+    """Zeros at the other places: what is added to the residual stream there is never looked at."""
+    read = _READ.get()
+    if read is None or len(args) != 1:
+        return None
+    places, tokens = read
+    return out.new_zeros(1, tokens, out.shape[-1]).index_copy(1, places, out)

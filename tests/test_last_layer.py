@@ -1,0 +1,74 @@
+"""The last feed-forward block runs where its output is read, and changes nothing that is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline import last_layer
+from pipeline.collate import collate
+from pipeline.contracts import Row
+from pipeline.model import recompute_layers
+from pipeline.trunk import choose_layout, token_states
+
+SIZES = {
+    "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "gpt_neox": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
+BATCH = collate([Row(0, [5, 6, 7, 8], [[20, 21, 22], [30]]), Row(1, [40, 41], [[42, 43]])])
+READ = (1 + 2) + (1 + 1)  # each prompt's last token, and each response token that another one follows
+
+
+def build(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, vocab_size=97, **SIZES[name])).eval()
+
+
+def last_block(lm: torch.nn.Module) -> torch.nn.Module:
+    return (lm.base_model.layers if hasattr(lm.base_model, "layers") else lm.base_model.h)[-1].mlp
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_only_what_is_read_is_computed_and_that_is_the_same(name: str) -> None:
+    lm = build(name)
+    expected = token_states(lm, BATCH, "separate")
+    assert choose_layout(lm) == "flat"
+    seen = []
+    first = next(m for m in last_block(lm).modules() if not list(m.children()))
+    first.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[-2]))
+    states = token_states(lm, BATCH, "flat")
+    assert seen == [READ]
+    torch.testing.assert_close(states, expected, atol=2e-6, rtol=1e-5)
+    weight = torch.randn_like(states)
+    for one, other in zip(
+        *(torch.autograd.grad((x * weight).sum(), list(lm.base_model.parameters())) for x in (states, expected)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_all_is_computed_for_whoever_reads_all() -> None:
+    lm = build("llama")
+    ids = torch.tensor([[3, 4, 5, 6]])
+    expected = lm(input_ids=ids).logits
+    choose_layout(lm)
+    torch.testing.assert_close(lm(input_ids=ids).logits, expected)
+
+
+def test_layers_that_are_computed_again_are_computed_whole() -> None:
+    lm = build("llama").train()
+    choose_layout(lm)
+    plain = torch.autograd.grad(token_states(lm, BATCH, "flat").square().sum(), list(lm.base_model.parameters()))
+    recompute_layers(lm)
+    again = torch.autograd.grad(token_states(lm, BATCH, "flat").square().sum(), list(lm.base_model.parameters()))
+    for one, other in zip(plain, again, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_without_such_a_block_stays_as_it_is() -> None:
+    lm = torch.nn.Linear(2, 2)
+    lm.base_model = torch.nn.Module()
+    last_layer.attach(lm)
+    assert not lm._forward_hooks
