@@ -63,7 +63,6 @@ def evaluation_of(config: RunConfig, local: bool, sample: bool = False) -> tuple
     Raises ConfigError for what is missing or unknown, before any work starts.
     """
     from pipeline import driver, tracking
-    from pipeline.crew import standing_actors
     from pipeline.evaluation import measure_all
     from pipeline.evaluation.findings import combine
     from pipeline.report import write_evaluation_report
@@ -73,9 +72,7 @@ def evaluation_of(config: RunConfig, local: bool, sample: bool = False) -> tuple
     own, identity = driver.open_run(config, prepared)
     study = open_study(config, prepared, own, local, sample)
     title = f"{config.name}: {config.objective_name} on {config.checkpoint_from or own.name}"
-    with standing_actors():
-        measured = measure_all(study)
-    found = combine(title, measured)
+    found = combine(title, measure_all(study))
     if study.has_second:
         found = found.model_copy(update={"before": "against"})
     path = found.write(result_path(config, own))

@@ -15,8 +15,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.crew import standing
-
 Item = dict[str, Any]
 
 
@@ -41,8 +39,8 @@ def run_stage(
 ) -> Iterator[Item]:
     """Yield `worker(**arguments)(item)` for each item, in the items' order, under a progress bar.
 
-    The class is built once per actor; inside of `crew.standing_actors` the actors are those of the stage before. With Ray, blocks are single items: an actor that is free takes the next one, an item
-    whose actor dies is given to another.
+    The class is built once per actor. With Ray, blocks are single items: an actor that is free takes the next one, an item whose actor
+    dies is given to another.
     """
     results = _in_process(worker, arguments, items) if local else _on_ray(worker, arguments, items, resources)
     yield from tqdm(results, total=len(items), desc=label, unit=unit, mininterval=1.0, disable=len(items) == 0)
@@ -94,10 +92,6 @@ def _on_ray(
         return
     now = min(resources.actors or _room(resources, ray.cluster_resources()), len(items))
     most = max(now, min(resources.actors or _room(resources, _promised()), len(items)))
-    crew = standing()
-    if crew is not None:
-        yield from crew.run(worker, arguments, items, resources, now)
-        return
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # ours counts items, whatever Ray's operators are
     context.print_on_execution_start = False

@@ -36,7 +36,9 @@ def sees(groups: list[Group], window: int) -> torch.Tensor:
     )
 
 
-def plainly(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor, scale: float) -> torch.Tensor:
+def plainly(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor, scale: float
+) -> torch.Tensor:
     """[1, H, N, D] ×2, [1, G, N, D] → [1, N, H, D], by softmax over all keys."""
     times = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
@@ -57,9 +59,7 @@ def drawn(tokens: int, heads: int, dtype: torch.dtype = torch.float64, width: in
 @example([LONG, *SMALL, TWO], 0, (4, 2))
 @example([TWO, (260,), LONG], 0, (2, 2))
 @example([LONG, *SMALL], 40, (2, 2))
-def test_output_and_gradients_are_those_of_one_mask(
-    groups: list[Group], window: int, heads: tuple[int, int]
-) -> None:
+def test_output_and_gradients_are_those_of_one_mask(groups: list[Group], window: int, heads: tuple[int, int]) -> None:
     torch.manual_seed(0)
     tokens = sum(map(sum, groups))
     tensors = drawn(tokens, heads[0]), drawn(tokens, heads[1]), drawn(tokens, heads[1])
@@ -72,7 +72,7 @@ def test_output_and_gradients_are_those_of_one_mask(
         torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("dtype,bound", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 def test_each_precision_keeps_its_rounding(dtype: torch.dtype, bound: float) -> None:
     torch.manual_seed(0)
     groups = [LONG, TWO, *SMALL]

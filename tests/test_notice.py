@@ -100,6 +100,7 @@ def test_a_drained_node_is_trained_on_and_saved_again_and_again(group, monkeypat
         assert not heard.due(), "it goes no more"
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_end_goes_on_from_that_very_step_bit_for_bit(make_config, tmp_path: Path) -> None:
     """In this process: SIGTERM in step 4 of 9, with no checkpoint due before the end."""
     changes = ("train.epochs=3", "checkpoint.every=100")

@@ -11,11 +11,13 @@ from benchmarks.decoding.measures import Measured
 from benchmarks.decoding.points import Point
 from benchmarks.reasoning.report import machine
 
-BUDGETS = (0.5, 1.0, 2.0, 4.0, 8.0)
+BUDGETS = (1.0, 2.0, 4.0, 8.0, 16.0, 20.0, 28.0)
 """Nats at which curves are compared."""
 CURVES = ("best of n", "proxy", "ARGS", "CD", "TQ* direct", "TQ* indirect")
 START = "SFT-sampled"
-"""Where every curve starts, at a KL of 0."""
+FROM_START = ("best of n", "proxy")
+"""Curves that start there, at a KL of 0 (n = 1, w = 0). However long the leash, a guided decoder has the candidates alone to choose
+from, and its KL ends at what leaving out the others costs."""
 
 Found = Mapping[str, tuple[Point, Measured]]
 """Point's name → what was measured."""
@@ -66,11 +68,12 @@ def at_equal_kl(found: Found) -> str:
 
 
 def reward_at(found: Found, curve: str, kl: float) -> Value | None:
-    """Reward at this KL, on the straight line between the two settings next to it; None beyond the last of them."""
-    start = found[START][1].reward
-    points = sorted([(0.0, start), *((m.kl[0], m.reward) for p, m in found.values() if p.curve == curve)])
+    """Reward at this KL, on the straight line between the two settings next to it; None outside of the settings."""
+    points = sorted((m.kl[0], m.reward) for p, m in found.values() if p.curve == curve)
+    if curve in FROM_START:
+        points = [(0.0, found[START][1].reward), *points]
     for (left, low), (right, high) in pairwise(points):
-        if kl <= right and right > left:
+        if left <= kl <= right and right > left:
             share = (kl - left) / (right - left)
             value = low[0] + share * (high[0] - low[0])
             return value, math.hypot((1 - share) * low[1], share * high[1])

@@ -49,12 +49,14 @@ FOUND = {
     "SFT-sampled": (Point("SFT sampled", "", {}), measured(0.2, 0.0)),
     "CD-1": (Point("CD", "α=1", {}), measured(0.4, 1.0)),
     "CD-2": (Point("CD", "α=0.5", {}), measured(0.8, 3.0)),
+    "proxy-1": (Point("proxy", "w=1", {}), measured(0.4, 1.0)),
 }
 
 
 def test_rewards_at_equal_kl_lie_between_settings():
-    assert report.reward_at(FOUND, "CD", 0.5) == (pytest.approx(0.3), pytest.approx(math.hypot(0.05, 0.05)))
+    assert report.reward_at(FOUND, "proxy", 0.5) == (pytest.approx(0.3), pytest.approx(math.hypot(0.05, 0.05)))
     assert report.reward_at(FOUND, "CD", 2.5)[0] == pytest.approx(0.7)
+    assert report.reward_at(FOUND, "CD", 0.5) is None, "a guided decoder does not start at the SFT model"
     assert report.reward_at(FOUND, "CD", 3.5) is None, "nothing is guessed beyond the last setting"
     assert report.reward_at(FOUND, "ARGS", 0.5) is None
 
