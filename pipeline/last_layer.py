@@ -33,7 +33,7 @@ def read_at(lm: nn.Module, places: Tensor, tokens: int) -> Iterator[None]:
 
     Not where layers are computed again in the backward pass: by then nobody would know.
     """
-    known = None if getattr(lm, "is_gradient_checkpointing", False) else (places.unique(), tokens)
+    known = None if getattr(lm, "is_activation_checkpointing", False) else (places.unique(), tokens)
     token = _READ.set(known)
     try:
         yield
