@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from pipeline.heap import HUGE_PAGES
+
 JOBS = {
     "demo": "the main job end to end, on data and a model that ship as packages",
     "prepare": "tokenise records and score them with the reference",
@@ -79,8 +81,8 @@ def run_job(job: ModuleType, argv: Sequence[str] | None = None) -> int:
     if hasattr(job, "arguments"):
         job.arguments(parser)
     options = parser.parse_intermixed_args(argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read at the first large tensor; see `pipeline.cluster`
+    for name, value in ({"TOKENIZERS_PARALLELISM": "false"} | HUGE_PAGES).items():
+        os.environ.setdefault(name, value)
     if not options.local and getattr(job, "needs_ray", lambda _: True)(options):
         from pipeline.cluster import begin_imports
 

@@ -10,13 +10,14 @@ Left out: GPUs, where FlexAttention skips what nobody looks at (`trunk`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pipeline.collate import group_mask
 
@@ -24,10 +25,8 @@ GROUPS = "qalign_groups"
 """Name of this implementation in transformers' registry (`register`)."""
 
 BUNDLE = 256
-"""Short groups go together, up to so many tokens: below that, calls cost more than the scores between groups."""
-
-SHORT = 128
-"""For the same reason responses that have no more tokens together look at themselves under one mask."""
+"""Short groups go together, up to so many tokens, and so do a group's short responses: below that, calls cost more than the scores
+between them."""
 
 Group = tuple[int, ...]
 """(tokens of the prompt, of response 1, …, of response K)"""
@@ -101,8 +100,18 @@ def group_attention(
     (window, *_), *rows = attention_mask[0, 0].tolist()
     heads = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, heads), repeat_kv(value, heads)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    width = value.shape[-1]
+    widest = max(query.shape[-1], width)
+    query, key, value = (_read(x, widest) for x in (query, key, value))
     sights = plan(tuple(tuple(n for n in row if n) for row in rows), window)
-    return _Attention.apply(query, key, value, sights, scaling), None
+    return _Attention.apply(query, key, value, sights, scale)[..., :width], None
+
+
+def _read(x: Tensor, width: int) -> Tensor:
+    """As the kernels read it: heads of one width, whose numbers lie next to each other. Zeros behind them change no score."""
+    x = pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # ----------------------------------------------------------------------------------------------------- plan
@@ -111,16 +120,23 @@ def group_attention(
 @lru_cache(maxsize=4)  # all layers of a forward, and their recomputation, ask for the same ones
 def plan(groups: tuple[Group, ...], window: int) -> tuple[Sight, ...]:
     """What the queries see, in their order. window: 0 for none."""
+    if window >= max(prompt + max(responses, default=0) for prompt, *responses in groups):
+        window = 0  # it hides nothing
+    sights, start = [], 0
+    for bundle in _bundles(groups):
+        sights += _sights(bundle, start, window)
+        start += sum(map(sum, bundle))
+    return tuple(sights)
+
+
+def _bundles(groups: Sequence[Group]) -> list[list[Group]]:
+    """Consecutive groups; more than `BUNDLE` tokens only where that is one group."""
     bundles: list[list[Group]] = [[]]
     for group in groups:
         if bundles[-1] and sum(map(sum, [*bundles[-1], group])) > BUNDLE:
             bundles.append([])
         bundles[-1].append(group)
-    sights, start = [], 0
-    for bundle in bundles:
-        sights += _sights(bundle, start, window)
-        start += sum(map(sum, bundle))
-    return tuple(sights)
+    return bundles
 
 
 def _sights(bundle: list[Group], start: int, window: int) -> Iterator[Sight]:
@@ -137,13 +153,13 @@ def _sights(bundle: list[Group], start: int, window: int) -> Iterator[Sight]:
 
 
 def _own(responses: list[int], start: int) -> Iterator[Block]:
-    if len(responses) > 1 and sum(responses) <= SHORT:
-        end = start + sum(responses)
-        yield Block(start, end, start, end, mask=torch.block_diag(*(_visible((n,), 0) for n in responses)))
-        return
-    for tokens in responses:
-        yield Block(start, start + tokens, start, start + tokens, causal=True)
-        start += tokens
+    for bundle in _bundles([(tokens,) for tokens in responses]):
+        end = start + sum(map(sum, bundle))
+        if len(bundle) == 1:
+            yield Block(start, end, start, end, causal=True)
+        else:
+            yield Block(start, end, start, end, mask=torch.block_diag(*(_visible(one, 0) for one in bundle)))
+        start = end
 
 
 def _visible(group: Group, window: int) -> Tensor:
@@ -170,9 +186,7 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sights: tuple[Sight, ...], scale: float | None
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sights: tuple[Sight, ...], scale: float) -> Tensor:
         _, heads, tokens, width = query.shape
         out = query.new_empty(1, tokens, heads, width)
         sums = []
@@ -204,7 +218,7 @@ class _Attention(torch.autograd.Function):
         return *grads, None, None
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, block: Block, scale: float | None) -> tuple[Tensor, Tensor]:
+def _forward(query: Tensor, key: Tensor, value: Tensor, block: Block, scale: float) -> tuple[Tensor, Tensor]:
     """What the block's queries find, [1, H, n, D], and the logarithm of their sums of exponentials, [1, H, n]."""
     keys, values = key[:, :, block.keys], value[:, :, block.keys]
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -220,7 +234,7 @@ def _backward(
     out: Tensor,
     total: Tensor,
     block: Block,
-    scale: float | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The block's part of the gradients of its queries, keys and values; grad and out are [1, H, N, D], total is the block's."""
     at, keys = block.queries, block.keys

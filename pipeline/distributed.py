@@ -22,6 +22,8 @@ def process_group(config: RunConfig) -> Iterator[torch.device]:
     torch.set_num_threads(threads(config))
     if device.type == "cpu":
         keep_freed_memory()
+        # Probabilities and moments fade out below 1e-38, where processors take many times as long for a number (x86, Arm).
+        torch.set_flush_denormal(True)
     if dist.is_initialized():
         yield device
         return

@@ -33,8 +33,8 @@ def read_at(lm: nn.Module, places: Tensor, tokens: int) -> Iterator[None]:
 
     Not where layers are computed again in the backward pass: by then nobody would know.
     """
-    known = None if getattr(lm, "is_activation_checkpointing", False) else (places.unique(), tokens)
-    token = _READ.set(known)
+    again = any(getattr(module, "gradient_checkpointing", False) for module in lm.modules())
+    token = _READ.set(None if again else (places.unique(), tokens))
     try:
         yield
     finally:
@@ -54,10 +54,12 @@ def _select(block: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
     return None if read is None or len(args) != 1 else (args[0].index_select(1, read[0]),)
 
 
-def _spread(block: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor | None:
+def _spread(block: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
     """Zeros at the other places: what is added to the residual stream there is never looked at."""
     read = _READ.get()
     if read is None or len(args) != 1:
         return None
     places, tokens = read
-    return out.new_zeros(1, tokens, out.shape[-1]).index_copy(1, places, out)
+    found, *more = out if isinstance(out, tuple) else (out,)  # experts tell what was chosen as well
+    found = found.new_zeros(1, tokens, found.shape[-1]).index_copy(1, places, found.view(1, len(places), -1))
+    return (found, *more) if isinstance(out, tuple) else found

@@ -11,9 +11,12 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
+
+from pipeline.errors import ConfigError, UserError
 
 Item = dict[str, Any]
 
@@ -40,7 +43,7 @@ def run_stage(
     """Yield `worker(**arguments)(item)` for each item, in the items' order, under a progress bar.
 
     The class is built once per actor. With Ray, blocks are single items: an actor that is free takes the next one, an item whose actor
-    dies is given to another.
+    dies is given to another. A worker's UserError is raised here with its one line.
     """
     results = _in_process(worker, arguments, items) if local else _on_ray(worker, arguments, items, resources)
     yield from tqdm(results, total=len(items), desc=label, unit=unit, mininterval=1.0, disable=len(items) == 0)
@@ -74,9 +77,11 @@ class _Threaded:
 
     def __init__(self, worker: Callable[..., Callable[[Item], Item]], arguments: dict[str, Any], threads: int) -> None:
         prepare_process(threads)
-        self._call = worker(**arguments)
+        self._build, self._call = partial(worker, **arguments), None
 
     def __call__(self, row: Item) -> Item:
+        if self._call is None:  # not before: of an error in a constructor Ray tells only that the actor died
+            self._call = self._build()
         return self._call(row)
 
 
@@ -98,6 +103,7 @@ def _on_ray(
     logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that there are no bars
     context.execution_options.preserve_order = True
+    context.raise_original_map_exception = True  # not Ray Data's own around it
     stage = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
         _Threaded,
         fn_constructor_kwargs={"worker": worker, "arguments": arguments, "threads": threads_of(resources)},
@@ -107,7 +113,13 @@ def _on_ray(
             min_size=1, max_size=most, initial_size=now, max_tasks_in_flight_per_actor=2
         ),
     )
-    yield from stage.iter_rows()
+    try:
+        yield from stage.iter_rows()
+    except ray.exceptions.RayTaskError as error:
+        if not isinstance(error.cause, UserError):
+            raise
+        kind = ConfigError if isinstance(error.cause, ConfigError) else UserError
+        raise kind(str(error.cause).partition("\n")[0]) from None  # Ray Data writes advice of its own behind it
 
 
 def _promised() -> dict[str, float]:

@@ -196,7 +196,7 @@ def _try(lm: nn.Module, batch: Batch, layout: Layout, exact: Tensor) -> str | No
         if layout == "flat":
             last_layer.attach(lm)
         states = token_states(lm, batch, layout)
-    except (TypeError, ValueError, RuntimeError, IndexError, KeyError) as error:
+    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
         reason = f"it does not accept a block mask: {' '.join(str(error).split())[:200]}"
     else:
         gap = float((exact.float() - states.float()).abs().max() / exact.abs().max().float().clamp(min=1e-6))

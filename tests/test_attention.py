@@ -8,10 +8,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pipeline import attention
-from pipeline.attention import BUNDLE, SHORT, Group, group_attention, pack, plan
+from pipeline.attention import BUNDLE, Group, group_attention, pack, plan
 
-LONG = (300, 121, 7, 1)  # a group of its own, responses one by one
-TWO = (250, 10, 20)  # a group of its own, responses under one mask
+LONG = (300, 200, 100, 7)  # a group of its own; its first response alone, the others under one mask
+TWO = (250, 10, 20)
 SMALL = [(3, 2, 1), (1,), (5, 4)]  # all in one bundle
 
 
@@ -92,10 +92,40 @@ def test_no_score_is_computed_between_groups_or_responses_that_are_long() -> Non
         blocks = [b for sight in plan(tuple(groups), 0) for b in (sight.block, *sight.own)]
         return sum((b.stop - b.start) * (b.last - b.first) for b in blocks)
 
-    assert scores([LONG]) == 300**2 + 129 * 300 + 121**2 + 7**2 + 1
+    assert scores([LONG]) == 300**2 + 307 * 300 + 200**2 + 107**2
     assert scores([LONG, LONG]) == 2 * scores([LONG])
-    assert scores([TWO]) == 250**2 + 30 * 250 + 30**2  # 30 ≤ SHORT: one mask costs less than two calls
-    assert scores(SMALL) == 16**2 and sum(map(sum, SMALL)) <= BUNDLE and SHORT < BUNDLE
+    assert scores([TWO]) == 250**2 + 30 * 250 + 30**2
+    assert scores(SMALL) == 16**2 and sum(map(sum, SMALL)) <= BUNDLE
+
+
+def test_a_window_that_hides_nothing_costs_nothing() -> None:
+    blocks = [
+        [b.queries for sight in plan((LONG, TWO), window) for b in (sight.block, *sight.own)]
+        for window in (500, 0, 499)
+    ]
+    assert blocks[0] == blocks[1] and len(blocks[0]) == 7
+    assert blocks[2] == [slice(0, sum(LONG)), slice(sum(LONG), sum(LONG) + sum(TWO))], "the last of its keys is hidden"
+
+
+@pytest.mark.parametrize("widths", [(8, 5), (5, 8)])
+def test_heads_of_values_may_have_another_width(widths: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    tokens = sum(LONG)
+    tensors = [drawn(tokens, 2, width=width) for width in (widths[0], widths[0], widths[1])]
+    found, _ = group_attention(torch.nn.Module(), *tensors, pack([LONG], None))
+    expected = plainly(*tensors, sees([LONG], 0), widths[0] ** -0.5)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    ours, theirs = (torch.autograd.grad(x.square().sum(), tensors) for x in (found, expected))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
+def test_numbers_of_a_head_need_not_lie_next_to_each_other() -> None:
+    """The kernels would read whatever does."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 2, 8, sum(TWO), dtype=torch.float64).transpose(2, 3) for _ in range(3))
+    found, _ = group_attention(torch.nn.Module(), query, key, value, pack([TWO], None), scaling=0.3)
+    torch.testing.assert_close(found, plainly(query, key, value, sees([TWO], 0), 0.3), atol=1e-12, rtol=1e-12)
 
 
 def test_an_ordinary_mask_is_left_to_sdpa() -> None:

@@ -67,8 +67,31 @@ def test_layers_that_are_computed_again_are_computed_whole() -> None:
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-def test_a_model_without_such_a_block_stays_as_it_is() -> None:
-    lm = torch.nn.Linear(2, 2)
-    lm.base_model = torch.nn.Module()
+class Experts(torch.nn.Module):
+    """As some mixtures of experts are: it tells the router's scores, too."""
+
+    def __init__(self, block: torch.nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.block(x), x.sum(-1)
+
+
+def test_a_block_that_tells_more_than_its_output() -> None:
+    lm = build("llama")
+    layer = lm.base_model.layers[-1]
+    expected = token_states(lm, BATCH, "separate")
+    layer.mlp = Experts(layer.mlp)
     last_layer.attach(lm)
-    assert not lm._forward_hooks
+    layer.mlp.register_forward_hook(lambda _, __, out: out[0])  # what such a layer does
+    assert choose_layout(lm) == "flat"
+    torch.testing.assert_close(token_states(lm, BATCH, "flat"), expected, atol=2e-6, rtol=1e-5)
+
+
+def test_a_model_without_such_a_block_stays_as_it_is() -> None:
+    lm = build("llama")
+    lm.base_model.layers[-1].mlp, layer = torch.nn.Identity(), lm.base_model.layers[-1]
+    del layer.mlp
+    last_layer.attach(lm)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.modules())

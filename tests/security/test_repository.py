@@ -24,7 +24,7 @@ def everything() -> list[Path]:
 
 
 def files(suffixes: set[str]) -> list[Path]:
-    found = [path for path in everything() if path.suffix in suffixes]
+    found = [path for path in everything() if path.suffix in suffixes and path.is_file()]
     assert len(found) > 5
     return found
 

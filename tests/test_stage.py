@@ -1,0 +1,56 @@
+"""A stage on Ray: items in order, an actor that dies is replaced, and an error that a user can mend stays one line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ConfigError, UserError
+from pipeline.stage import Item, Resources, run_stage
+
+
+class Adds:
+    def __init__(self, number: int, trace: str | None = None) -> None:
+        self.number, self.trace = number, trace
+
+    def __call__(self, item: Item) -> Item:
+        if item["n"] == 3 and self.trace and not Path(self.trace).exists():
+            Path(self.trace).touch()
+            os._exit(1)  # the actor's process, once
+        return {"sum": self.number + item["n"], "pid": os.getpid()}
+
+
+class RefusesItem(Adds):
+    def __call__(self, item: Item) -> Item:
+        raise UserError("decoding.alpha: no such thing; set it")
+
+
+class RefusesToStart(Adds):
+    def __init__(self, number: int) -> None:
+        raise ConfigError("checkpoint_from: it holds no critic; name another")
+
+
+def run(worker: type, local: bool = False, **arguments: object) -> list[Item]:
+    items = [{"n": n} for n in range(6)]
+    resources = Resources(cpus=1, actors=2)
+    return list(run_stage(worker, arguments, items, label="x", resources=resources, local=local))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_items_come_in_order_and_those_of_a_dead_actor_again(tmp_path: Path) -> None:
+    found = run(Adds, number=2, trace=str(tmp_path / "trace"))
+    assert [item["sum"] for item in found] == [2, 3, 4, 5, 6, 7]
+    assert (tmp_path / "trace").exists() and os.getpid() not in {item["pid"] for item in found}
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("local", [False, True])
+def test_an_error_that_a_user_can_mend_stays_what_it_is(local: bool) -> None:
+    with pytest.raises(UserError, match=r"^decoding\.alpha: no such thing; set it$"):
+        run(RefusesItem, local, number=1)
+    with pytest.raises(ConfigError, match=r"^checkpoint_from: it holds no critic; name another$"):
+        run(RefusesToStart, local, number=1)
