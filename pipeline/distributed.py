@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,16 +22,27 @@ def process_group(config: RunConfig) -> Iterator[torch.device]:
     torch.set_num_threads(threads(config))
     if device.type == "cpu":
         keep_freed_memory()
-        # Probabilities and moments fade out below 1e-38, where processors take many times as long for a number (x86, Arm).
-        torch.set_flush_denormal(True)
-    if dist.is_initialized():
+    with _without_denormals(), nullcontext() if dist.is_initialized() else _group_of_one(device):
         yield device
-        return
+
+
+@contextmanager
+def _without_denormals() -> Iterator[None]:
+    """Probabilities and moments fade out below 1e-38, where processors take many times as long for a number: there they are 0."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@contextmanager
+def _group_of_one(device: torch.device) -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         store = dist.FileStore(os.path.join(folder, "store"), 1)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
         try:
-            yield device
+            yield
         finally:
             dist.destroy_process_group()
 
