@@ -44,6 +44,7 @@ def faults(*arguments: str, **environment: str) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks glibc")
+@pytest.mark.slow
 def test_memory_of_a_freed_tensor_is_there_for_the_next_one() -> None:
     assert faults(**HUGE_PAGES) > 18, "one per 2 MiB at least"
     assert faults("keep", **HUGE_PAGES, **ONE_HEAP) < 8

@@ -78,6 +78,7 @@ def artifact(storage: Path, run: Path, name: str) -> str:
 # --------------------------------------------------------------------------------------------- the usual way
 
 
+@pytest.mark.slow
 def test_everything_a_driver_tells_arrives(storage, settings, run, tmp_path):
     tracker = start(settings, run, "0123")
     tracker.log_config(settings.dump())

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from pipeline.watchdog import STATUS
 
 CODE = """
@@ -37,6 +39,7 @@ def test_no_progress_ends_the_process_with_its_stacks(tmp_path: Path) -> None:
     assert "in stuck" in (tmp_path / "stacks.txt").read_text()
 
 
+@pytest.mark.slow
 def test_beats_keep_it_alive_and_the_clock_starts_with_the_first_one(tmp_path: Path) -> None:
     assert work(tmp_path, seconds=0.5, beats=8, pause=0) == 0  # 0.8 s, never 0.5 s without a beat
     assert work(tmp_path, seconds=0.2, beats=0, pause=0.6) == 0, "loading takes as long as it takes"
