@@ -133,6 +133,7 @@ def forward_flops(network: Network, row: RowSize) -> float:
     """One forward of a packed row: 2 a parameter and token, the output head on response tokens alone, causal attention.
 
     Attention: each query meets the keys of its own sequence, prompt and one response; QKᵀ and AV are 2·hidden each a pair and layer.
+    The last feed-forward block counts in full, though flat rows compute it where it is read alone (`last_layer`).
     """
     matrices = 2 * network.inner * row.tokens
     head = 2 * network.vocabulary * network.hidden * row.answered
