@@ -7,9 +7,6 @@ Results: `<storage>/frontier/…/report.md`, `results.json` and `frontier.html`;
 from __future__ import annotations
 
 import argparse
-import logging
-import multiprocessing
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -25,11 +22,10 @@ from benchmarks.frontier.claims import judge
 from benchmarks.frontier.curves import Policy, run_curve
 from benchmarks.frontier.methods import FULL, METHODS, QUICK, Size
 from benchmarks.frontier.worlds import Place, make_held_out, make_world
+from benchmarks.processes import processes
 from benchmarks.reviews import review_model
 from pipeline.durable import write_json
 from pipeline.errors import UserError
-
-THREADS = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
 def main() -> int:
@@ -95,24 +91,6 @@ def results(
         "policies": policies,
         "claims": claims,
     }
-
-
-def processes(count: int, logs: Path) -> ProcessPoolExecutor:
-    """Fresh processes of one thread, each with a log file of its own."""
-    logs.mkdir(parents=True, exist_ok=True)
-    spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(count, spawn, initializer=_begin, initargs=(str(logs),))
-
-
-def _begin(logs: str) -> None:
-    os.environ.update(THREADS)
-    log = os.open(f"{logs}/{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def _all(

@@ -7,14 +7,10 @@ Two runs go on at a time, each in a process of its own with one thread; their ou
 from __future__ import annotations
 
 import argparse
-import logging
-import multiprocessing
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ from tqdm import tqdm
 from benchmarks.latent.methods import METHODS, QUICK, SEEDS
 from benchmarks.latent.report import BEFORE, page
 from benchmarks.latent.runs import make_world, run_method
+from benchmarks.processes import processes
 from benchmarks.reasoning.runs import Place
 from pipeline.durable import write_json
 from pipeline.errors import UserError
@@ -61,7 +58,7 @@ def run(
     """Worlds first, then all methods in all of them: method → scores of each seed."""
     folder.mkdir(parents=True, exist_ok=True)
     with (
-        _processes(at_once, folder.parent / "log") as pool,
+        processes(at_once, folder.parent / "log") as pool,
         tqdm(total=len(seeds) * (1 + len(names)), desc="runs", unit="run", mininterval=0) as bar,
     ):
         worlds = _all(pool, bar, {(BEFORE, seed): (make_world, place, seed) for seed in seeds})
@@ -85,23 +82,6 @@ def _all(
         bar.update()
         bar.set_postfix_str(f"{key[0]}/{key[1]} {found[key]['greedy']:.3f}")
     return found
-
-
-@contextmanager
-def _processes(count: int, logs: Path) -> Iterator[ProcessPoolExecutor]:
-    logs.mkdir(parents=True, exist_ok=True)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, spawn, initializer=_begin, initargs=(str(logs),)) as pool:
-        yield pool
-
-
-def _begin(logs: str) -> None:
-    """In a new process: output to a file, one thread."""
-    log = os.open(f"{logs}/{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 if __name__ == "__main__":
