@@ -41,7 +41,7 @@ class Block:
     first: int
     last: int
     causal: bool = False  # of as many queries as keys
-    mask: Tensor | None = None  # bool, true where a query sees a key
+    mask: Tensor | None = None  # added to the scores
 
     @property
     def queries(self) -> slice:
@@ -104,7 +104,7 @@ def group_attention(
     width = value.shape[-1]
     widest = max(query.shape[-1], width)
     query, key, value = (_read(x, widest) for x in (query, key, value))
-    sights = plan(tuple(tuple(n for n in row if n) for row in rows), window)
+    sights = plan(tuple(tuple(n for n in row if n) for row in rows), window, query.dtype)
     return _Attention.apply(query, key, value, sights, scale)[..., :width], None
 
 
@@ -118,13 +118,13 @@ def _read(x: Tensor, width: int) -> Tensor:
 
 
 @lru_cache(maxsize=4)  # all layers of a forward, and their recomputation, ask for the same ones
-def plan(groups: tuple[Group, ...], window: int) -> tuple[Sight, ...]:
-    """What the queries see, in their order. window: 0 for none."""
+def plan(groups: tuple[Group, ...], window: int, dtype: torch.dtype) -> tuple[Sight, ...]:
+    """What the queries see, in their order. window: 0 for none; dtype: of the masks, which is the queries'."""
     if window >= max(prompt + max(responses, default=0) for prompt, *responses in groups):
         window = 0  # it hides nothing
     sights, start = [], 0
     for bundle in _bundles(groups):
-        sights += _sights(bundle, start, window)
+        sights += _sights(bundle, start, window, dtype)
         start += sum(map(sum, bundle))
     return tuple(sights)
 
@@ -139,27 +139,33 @@ def _bundles(groups: Sequence[Group]) -> list[list[Group]]:
     return bundles
 
 
-def _sights(bundle: list[Group], start: int, window: int) -> Iterator[Sight]:
+def _sights(bundle: list[Group], start: int, window: int, dtype: torch.dtype) -> Iterator[Sight]:
     tokens = sum(map(sum, bundle))
     if tokens <= BUNDLE or window:
-        mask = torch.block_diag(*(_visible(group, window) for group in bundle))
+        mask = _mask(bundle, window, dtype)
         yield Sight(Block(start, start + tokens, start, start + tokens, mask=mask))
         return
     ((prompt, *responses),) = bundle  # a group that is longer than a bundle is alone in it
     behind, end = start + prompt, start + tokens
     yield Sight(Block(start, behind, start, behind, causal=True))
     if responses:
-        yield Sight(Block(behind, end, start, behind), tuple(_own(responses, behind)))
+        yield Sight(Block(behind, end, start, behind), tuple(_own(responses, behind, dtype)))
 
 
-def _own(responses: list[int], start: int) -> Iterator[Block]:
+def _own(responses: list[int], start: int, dtype: torch.dtype) -> Iterator[Block]:
     for bundle in _bundles([(tokens,) for tokens in responses]):
         end = start + sum(map(sum, bundle))
         if len(bundle) == 1:
             yield Block(start, end, start, end, causal=True)
         else:
-            yield Block(start, end, start, end, mask=torch.block_diag(*(_visible(one, 0) for one in bundle)))
+            yield Block(start, end, start, end, mask=_mask(bundle, 0, dtype))
         start = end
+
+
+def _mask(bundle: list[Group], window: int, dtype: torch.dtype) -> Tensor:
+    """As the kernels read it, over all tokens of the bundle: 0 where a query sees a key, −∞ elsewhere."""
+    seen = torch.block_diag(*(_visible(group, window) for group in bundle))
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
 
 
 def _visible(group: Group, window: int) -> Tensor:
@@ -222,8 +228,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, block: Block, scale: flo
     """What the block's queries find, [1, H, n, D], and the logarithm of their sums of exponentials, [1, H, n]."""
     keys, values = key[:, :, block.keys], value[:, :, block.keys]
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    mask = None if block.mask is None else _added(block.mask, query.dtype)
-    return kernel(query[:, :, block.queries], keys, values, 0.0, block.causal, attn_mask=mask, scale=scale)
+    return kernel(query[:, :, block.queries], keys, values, 0.0, block.causal, attn_mask=block.mask, scale=scale)
 
 
 def _backward(
@@ -240,13 +245,7 @@ def _backward(
     at, keys = block.queries, block.keys
     tensors = grad[:, :, at], query[:, :, at], key[:, :, keys], value[:, :, keys], out[:, :, at], total
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    mask = None if block.mask is None else _added(block.mask, query.dtype)
-    return kernel(*tensors, 0.0, block.causal, attn_mask=mask, scale=scale)
-
-
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as the kernels read it: added to the scores."""
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, float("-inf"))
+    return kernel(*tensors, 0.0, block.causal, attn_mask=block.mask, scale=scale)
 
 
 def _merge(found: Tensor, total: Tensor, more: Tensor, more_total: Tensor) -> None:

@@ -89,7 +89,7 @@ def test_each_precision_keeps_its_rounding(dtype: torch.dtype, bound: float) -> 
 
 def test_no_score_is_computed_between_groups_or_responses_that_are_long() -> None:
     def scores(groups: list[Group]) -> int:
-        blocks = [b for sight in plan(tuple(groups), 0) for b in (sight.block, *sight.own)]
+        blocks = [b for sight in plan(tuple(groups), 0, torch.float32) for b in (sight.block, *sight.own)]
         return sum((b.stop - b.start) * (b.last - b.first) for b in blocks)
 
     assert scores([LONG]) == 300**2 + 307 * 300 + 200**2 + 107**2
@@ -100,7 +100,7 @@ def test_no_score_is_computed_between_groups_or_responses_that_are_long() -> Non
 
 def test_a_window_that_hides_nothing_costs_nothing() -> None:
     blocks = [
-        [b.queries for sight in plan((LONG, TWO), window) for b in (sight.block, *sight.own)]
+        [b.queries for sight in plan((LONG, TWO), window, torch.float32) for b in (sight.block, *sight.own)]
         for window in (500, 0, 499)
     ]
     assert blocks[0] == blocks[1] and len(blocks[0]) == 7
