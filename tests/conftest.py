@@ -184,11 +184,11 @@ def ray_cluster() -> Iterator[None]:
 
     import ray
 
-    from pipeline.cluster import ENVIRONMENT
+    from pipeline.cluster import ENVIRONMENT, WORKER_ENVIRONMENT
     from pipeline.forks import ForkServer
 
     os.environ.update(ENVIRONMENT)
-    server = ForkServer(ENVIRONMENT)
+    server = ForkServer(WORKER_ENVIRONMENT)
     ray.init(
         address="local",
         num_cpus=2,

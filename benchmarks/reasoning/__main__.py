@@ -137,7 +137,10 @@ def _become_driver(address: str, logs: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(cluster.ENVIRONMENT)
     ray.init(
-        address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": cluster.ENVIRONMENT}
+        address=address,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": cluster.WORKER_ENVIRONMENT},
     )
 
 

@@ -133,7 +133,7 @@ def test_workers_are_not_told_what_they_do_not_need(make_config, tmp_path: Path)
 
 def test_the_environment_has_no_names_that_we_write(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray's workers get their own environment: what we hand them by name holds no secret."""
-    from pipeline.cluster import ENVIRONMENT as HANDED
+    from pipeline.cluster import WORKER_ENVIRONMENT as HANDED
 
     monkeypatch.setenv("HF_TOKEN", ENVIRONMENT["HF_TOKEN"])
     assert not [name for name in HANDED if name.endswith(("TOKEN", "PASSWORD", "KEY", "SECRET"))]
