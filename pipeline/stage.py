@@ -59,24 +59,14 @@ def _in_process(
         yield call(item)
 
 
-def threads_of(resources: Resources) -> int:
-    """Threads of one actor: as many as it has CPUs."""
-    return max(1, math.floor(resources.cpus))
-
-
-def prepare_process(threads: int) -> None:
-    """What an actor's process needs before any worker is built in it."""
-    import torch
-
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the parallelism is the actors'
-    torch.set_num_threads(threads)
-
-
 class _Threaded:
     """The worker inside its actor: as many threads as the actor has CPUs, one item per block."""
 
     def __init__(self, worker: Callable[..., Callable[[Item], Item]], arguments: dict[str, Any], threads: int) -> None:
-        prepare_process(threads)
+        import torch
+
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the parallelism is the actors'
+        torch.set_num_threads(threads)
         self._build, self._call = partial(worker, **arguments), None
 
     def __call__(self, row: Item) -> Item:
@@ -106,7 +96,7 @@ def _on_ray(
     context.raise_original_map_exception = True  # not Ray Data's own around it
     stage = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
         _Threaded,
-        fn_constructor_kwargs={"worker": worker, "arguments": arguments, "threads": threads_of(resources)},
+        fn_constructor_kwargs={"worker": worker, "arguments": arguments, "threads": max(1, math.floor(resources.cpus))},
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
         compute=ray.data.ActorPoolStrategy(
