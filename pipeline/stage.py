@@ -20,6 +20,8 @@ from pipeline.errors import ConfigError, UserError
 
 Item = dict[str, Any]
 
+_REFUSED = "refused"  # the column of a row that tells a worker's UserError instead of its result
+
 
 @dataclass(frozen=True, slots=True)
 class Resources:
@@ -70,9 +72,13 @@ class _Threaded:
         self._build, self._call = partial(worker, **arguments), None
 
     def __call__(self, row: Item) -> Item:
-        if self._call is None:  # not before: of an error in a constructor Ray tells only that the actor died
-            self._call = self._build()
-        return self._call(row)
+        try:
+            if self._call is None:  # not before: of an error in a constructor Ray tells only that the actor died
+                self._call = self._build()
+            return self._call(row)
+        except UserError as error:
+            # As a row: where an actor raises, Ray prints its traceback, and its executor keeps actors (and their CPUs) for a while.
+            return {_REFUSED: type(error).__name__, "message": str(error)}
 
 
 def _on_ray(
@@ -93,7 +99,6 @@ def _on_ray(
     logging.getLogger("ray.data._internal.execution.streaming_executor").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that there are no bars
     context.execution_options.preserve_order = True
-    context.raise_original_map_exception = True  # not Ray Data's own around it
     stage = ray.data.from_items(list(items), override_num_blocks=len(items)).map(
         _Threaded,
         fn_constructor_kwargs={"worker": worker, "arguments": arguments, "threads": max(1, math.floor(resources.cpus))},
@@ -103,13 +108,14 @@ def _on_ray(
             min_size=1, max_size=most, initial_size=now, max_tasks_in_flight_per_actor=2
         ),
     )
-    try:
-        yield from stage.iter_rows()
-    except ray.exceptions.RayTaskError as error:
-        if not isinstance(error.cause, UserError):
-            raise
-        kind = ConfigError if isinstance(error.cause, ConfigError) else UserError
-        raise kind(str(error.cause).partition("\n")[0]) from None  # Ray Data writes advice of its own behind it
+    # Not iter_rows(): its threads outlive an iteration that ends early, and Ray ends a process that one of them reaches it from after
+    # ray.shutdown().
+    for bundle in stage.iter_internal_ref_bundles():
+        for reference in bundle.block_refs:
+            for row in ray.data.block.BlockAccessor.for_block(ray.get(reference)).iter_rows(public_row_format=True):
+                if _REFUSED in row:
+                    raise (ConfigError if row[_REFUSED] == ConfigError.__name__ else UserError)(row["message"])
+                yield row
 
 
 def _promised() -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,11 @@ def test_items_come_in_order_and_those_of_a_dead_actor_again(tmp_path: Path) -> 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("local", [False, True])
-def test_an_error_that_a_user_can_mend_stays_what_it_is(local: bool) -> None:
+def test_an_error_that_a_user_can_mend_stays_what_it_is_and_leaves_no_thread_behind(local: bool) -> None:
+    run(Adds, local, number=1)  # Ray's own and the progress bar's threads are there
+    threads = set(threading.enumerate())
     with pytest.raises(UserError, match=r"^decoding\.alpha: no such thing; set it$"):
         run(RefusesItem, local, number=1)
     with pytest.raises(ConfigError, match=r"^checkpoint_from: it holds no critic; name another$"):
         run(RefusesToStart, local, number=1)
+    assert set(threading.enumerate()) <= threads  # one that reached Ray after its shutdown would end this process
