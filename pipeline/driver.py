@@ -95,6 +95,10 @@ def fit(config: RunConfig, local: bool = False, report: Callable[[Result, Tracke
     run, identity = open_run(config, prepared)
     tracker = start(config, run, identity)
     if (run / EXPORT).is_dir():
+        if tracker.location and not tracker.ended:  # killed behind the export, before MLflow knew
+            _tell_steps(tracker, run)
+            _tell_result(config, tracker, run)
+            tracker.finish("FINISHED")
         return Result(prepared, run, run / EXPORT, last_metrics(run), tracker.location, already_finished=True)
     status = "FAILED"
     try:
@@ -102,8 +106,7 @@ def fit(config: RunConfig, local: bool = False, report: Callable[[Result, Tracke
         newest = checkpoint.latest(run)
         assert newest is not None
         exported = export(config, newest, prepared.model, run / EXPORT)
-        tracker.log_summary({f"final/{name}": value for name, value in last_metrics(run).items()})
-        tracker.log_model_reference(exported, config.tracking.copy_model, config.tracking.register_as)
+        _tell_result(config, tracker, run)
         result = Result(prepared, run, exported, last_metrics(run), tracker.location)
         if report is not None:
             report(result, tracker)
@@ -156,6 +159,20 @@ def last_metrics(run: Path) -> dict[str, float]:
         newest |= line
     newest.pop("step", None)
     return newest
+
+
+def _tell_result(config: RunConfig, tracker: Tracker, run: Path) -> None:
+    tracker.log_summary({f"final/{name}": value for name, value in last_metrics(run).items()})
+    tracker.log_model_reference(run / EXPORT, config.tracking.copy_model, config.tracking.register_as)
+
+
+def _tell_steps(tracker: Tracker, run: Path) -> None:
+    """Those that the tracker does not know yet."""
+    known = tracker.last_step()
+    for line in read_metrics(run / METRICS_FILE):
+        step = int(line.pop("step"))
+        if step > known:
+            tracker.log_metrics(step, line)
 
 
 def _log_data(tracker: Tracker, rows: Path, left_out: int) -> None:

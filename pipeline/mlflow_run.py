@@ -1,8 +1,8 @@
 """The only importer of MLflow: one MLflow run per job, however often the job is restarted.
 
 Everything goes through a backlog, so that a server that is down delays nothing and loses nothing that comes back in
-time: training never fails because of tracking. The run's id and the newest step sent are kept in `<run>/tracking.json`,
-which is how a restarted driver finds its run and logs no step twice.
+time: training never fails because of tracking. The run's id, the newest step sent and the end are kept in
+`<run>/tracking.json`, which is how a restarted driver finds its run, logs no step twice and ends what was left open.
 
 Left out: which URI and whether at all (`tracking`).
 """
@@ -76,6 +76,10 @@ class MlflowTracker(Tracker):
         run_id = self._state["run_id"]
         return f"{self._shown} (experiment {self._experiment}, run {run_id})" if run_id else ""
 
+    @property
+    def ended(self) -> bool:
+        return self._state["ended"] is not None
+
     def last_step(self) -> int:
         self._backlog.flush()  # finds out whether the run of tracking.json still exists
         return self._state["last_step"]
@@ -137,7 +141,11 @@ class MlflowTracker(Tracker):
         return self._state["run_id"]
 
     def finish(self, status: Status) -> None:
-        self._backlog.add(f"status {status}", lambda client: client.set_terminated(self._state["run_id"], status))
+        def send(client: MlflowClient) -> None:
+            client.set_terminated(self._state["run_id"], status)
+            self._write_state(ended=status)
+
+        self._backlog.add(f"status {status}", send)
         self._backlog.close()
 
     # -------------------------------------------------------------------------------------- the run and its state
@@ -164,6 +172,7 @@ class MlflowTracker(Tracker):
             logger.warning("MLflow (%s) has lost run %s; a new one replaces it", self._shown, self._state["run_id"])
             self._state = self._new_state()
         if self._state["run_id"]:
+            self._write_state(ended=None)
             client.update_run(self._state["run_id"], status="RUNNING")
         else:
             # The token is on disk before the run exists: a driver that dies in between finds the run by it.
@@ -176,11 +185,12 @@ class MlflowTracker(Tracker):
         return client
 
     def _new_state(self) -> dict[str, Any]:
-        return {"uri": self._shown, "token": uuid.uuid4().hex, "run_id": None, "last_step": 0, "not_finite": {}}
+        token = uuid.uuid4().hex
+        return {"uri": self._shown, "token": token, "run_id": None, "last_step": 0, "not_finite": {}, "ended": None}
 
     def _read_state(self) -> dict[str, Any]:
         path = self._run / STATE_FILE
-        state = json.loads(path.read_text()) if path.is_file() else self._new_state()
+        state = self._new_state() | (json.loads(path.read_text()) if path.is_file() else {})
         return state if state["uri"] == self._shown else self._new_state()
 
     def _write_state(self, **changes: Any) -> None:

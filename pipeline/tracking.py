@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,11 @@ class Tracker:
     def location(self) -> str:
         """Where a person finds the run; empty before anything was sent and without tracking."""
         return ""
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is known how the run ended. Not so where a driver was killed before it could tell."""
+        return True
 
     def last_step(self) -> int:
         """Newest step that is already logged; 0: none."""
@@ -98,6 +104,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
+@cache
 def _commit() -> dict[str, str]:
     """The commit of the current folder and whether files differ from it; nothing outside of a git repository."""
     try:

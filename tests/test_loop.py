@@ -218,6 +218,26 @@ def test_fit_exports_what_transformers_loads_and_says_when_it_is_finished(make_c
 
 
 @pytest.mark.slow
+def test_a_finished_run_whose_end_mlflow_was_not_told_tells_it(make_config) -> None:
+    from mlflow import MlflowClient
+
+    config = make_config("tracking.enabled=true", "train.max_steps=3")
+    run = fit(config, local=True).run
+    client = MlflowClient(tracking_uri=f"sqlite:///{config.storage}/mlflow.db")
+    # As a driver leaves it that is killed behind the export.
+    state = json.loads((run / "tracking.json").read_text())
+    client.update_run(state["run_id"], status="RUNNING")
+    client.delete_tag(state["run_id"], "model.path")
+    (run / "tracking.json").write_text(json.dumps(state | {"ended": None}))
+    assert fit(config, local=True).already_finished
+    found = client.get_run(state["run_id"])
+    assert found.info.status == "FINISHED"
+    assert found.data.tags["model.path"] == str((run / "export").resolve())
+    steps = client.get_metric_history(state["run_id"], "loss")
+    assert [metric.step for metric in steps] == [1, 2, 3]
+
+
+@pytest.mark.slow
 def test_what_changes_the_meaning_changes_the_run_and_nothing_else_does(make_config) -> None:
     first = fit(make_config("train.max_steps=1"), local=True).run
     same = ("train.tokens_per_micro_batch=512", "checkpoint.every=7", "scaling.workers=2", "scaling.zero_stage=1")

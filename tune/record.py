@@ -63,6 +63,10 @@ class Recorder:
         self._thread = threading.Thread(target=self._follow, name="recorder", daemon=True)
 
     def __enter__(self) -> Recorder:
+        for trial in self._sweep.table.done():
+            tracker = self._tracker(trial)
+            if not tracker.ended:  # the driver was killed after it had written that down, and before MLflow knew
+                self._ended.append((self._following(trial, Lease(Path(trial.run))), STATUS[trial.state]))
         self._thread.start()
         return self
 
@@ -93,9 +97,8 @@ class Recorder:
             self._sweep.tell(self._sweep.table.put(replace(trial, state="failed", reason=str(error))))
             raise
         (run / STOP_FILE).unlink(missing_ok=True)
-        metrics, log = Follower(run / METRICS_FILE), Follower(run / LOG_FILE, from_end=True)
         with self._lock:
-            self._open[trial.number] = _Open(trial, lease, metrics, log)
+            self._open[trial.number] = self._following(trial, lease)
 
     def started(self, number: int) -> None:
         """Its workers begin, for the first time or again."""
@@ -133,13 +136,15 @@ class Recorder:
 
     # ------------------------------------------------------------------------------------------------- parts
 
-    def _track(self, trial: Trial) -> Tracker:
+    def _following(self, trial: Trial, lease: Lease) -> _Open:
+        run = Path(trial.run)
+        return _Open(trial, lease, Follower(run / METRICS_FILE), Follower(run / LOG_FILE, from_end=True))
+
+    def _tracker(self, trial: Trial) -> Tracker:
         config = self._sweep.config_of(trial)
         folder = self._sweep.trial_folder(trial)
         nested = self._parent if config.tracking.enabled else None
-        tracker = tracking.start(config, folder, Path(trial.run).name, f"{trial.name} {trial.label}"[:100], nested)
-        tracker.log_config(config.dump())
-        return tracker
+        return tracking.start(config, folder, Path(trial.run).name, f"{trial.name} {trial.label}"[:100], nested)
 
     def _follow(self) -> None:
         try:
@@ -168,7 +173,8 @@ class Recorder:
         for text in one.log.new_lines():
             logger.warning("trial %s: %s", one.trial.name, text)
         if one.tracker is None:
-            one.tracker = self._track(one.trial)
+            one.tracker = self._tracker(one.trial)
+            one.tracker.log_config(self._sweep.config_of(one.trial).dump())
             one.last_step = one.tracker.last_step()
         newest: dict[str, Any] = {}
         for line in map(json.loads, one.metrics.new_lines()):
