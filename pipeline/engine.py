@@ -106,8 +106,11 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         if self._plain:
-            norm = float(nn.utils.clip_grad_norm_(self._trained.values(), self._clip or math.inf))
+            norm = float(nn.utils.get_total_norm([p.grad for p in self._trained.values() if p.grad is not None]))
             if math.isfinite(norm):
+                too_long = norm / self._clip if self._clip else 0.0
+                # Divided by in the update itself, which spares a pass over all gradients.
+                self._inner.grad_scale = torch.tensor(too_long, device=self.device) if too_long > 1 else None
                 self._engine.step()
         else:
             self._engine.step()  # leaves the weights alone when the norm is not finite

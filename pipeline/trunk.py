@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline import attention, last_layer
+from pipeline import attention, elementwise, last_layer
 from pipeline.collate import collate, group_mask
 from pipeline.contracts import Batch, Row
 
@@ -163,6 +163,7 @@ def choose_layout(lm: nn.Module) -> Layout:
     Two tiny groups are computed each way: that costs milliseconds, and catches architectures that ignore masks or positions
     (recurrent ones).
     """
+    elementwise.attach(lm)
     with torch.no_grad():
         batch = probe_batch(lm)
         was_training = lm.training
