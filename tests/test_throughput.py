@@ -93,7 +93,7 @@ def test_the_targets_are_the_issues() -> None:
         "w2": [("time", 2.0)],
         "w3": [("time", 6.0), ("time", 6.0)],
         "w4": [("time", 5.0)],
-        "scaling": [("time", 1.7)],
+        "scaling": [("time", 1.7)] * 3,
     }
 
 

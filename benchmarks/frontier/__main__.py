@@ -1,12 +1,14 @@
 """Run the benchmark: `python -m benchmarks.frontier [--quick]`. The same command again does what is missing.
 
-Two sweeps go on at a time: two processes without Ray, one thread each. Their output is in `<storage>/frontier/…/log`.
+Two sweeps go on at a time: two processes without Ray, one thread each (both for the model
+that they start from). Their output is in `<storage>/frontier/…/log`.
 Results: `<storage>/frontier/…/report.md`, `results.json` and `frontier.html`; every fit is in MLflow below its sweep.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -53,7 +55,7 @@ def run(size: Size, folder: Path, storage: str, at_once: int, command: str) -> N
     """All of `size`, with the results in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with processes(at_once, folder / "log") as pool:
-        model = pool.submit(review_model, storage, quick=size is QUICK).result()
+        model = pool.submit(_review_model, storage, size is QUICK, at_once).result()
         place = Place(storage, str(folder), str(model))
         pool.submit(make_held_out, place, size).result()
         sft = any(METHODS[name].after_sft for name in size.methods)
@@ -68,6 +70,15 @@ def run(size: Size, folder: Path, storage: str, at_once: int, command: str) -> N
     write_json(folder / "results.json", results(curves, records))
     print(page)
     print(f"written {folder}\npage    {report.write_page(curves, folder)}")
+
+
+def _review_model(storage: str, quick: bool, threads: int) -> Path:
+    """The pool's other processes have nothing to do yet: it gets their threads."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    try:
+        return review_model(storage, quick=quick)
+    finally:
+        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def results(

@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks.throughput.pace import Pace
 from benchmarks.throughput.tasks import Task, digests
 from benchmarks.throughput.workloads import OPTIMIZER, Group
+from pipeline import learner
 from pipeline.collate import collate
 from pipeline.config import RunConfig
 from pipeline.config_file import validate
@@ -35,8 +36,10 @@ class Ours:
     def __init__(self, task: Task) -> None:
         self._task, self._stack = task, ExitStack()
         self._config = run_config(task)
-        if task.entry.pinned:
+        if task.entry.pinned and not task.entry.apart:
             _join(task)
+        if task.entry.always_zero:
+            learner._unshared = lambda config: config
         device = self._stack.enter_context(process_group(self._config))
         torch.set_num_threads(task.threads)
         cached = json.loads(task.reference_logprobs.read_text())
@@ -72,10 +75,10 @@ class Ours:
 
     def _batches(self, rows: list[Row]) -> list[Batch]:
         lengths = np.array([row.tokens for row in rows])
-        dealt = micro_batches(range(len(rows)), lengths, dist.get_world_size(), self._task.workload.token_budget)
+        dealt = micro_batches(range(len(rows)), lengths, self._task.entry.workers, self._task.workload.token_budget)
         return [
             collate([replace(rows[i], weight=0.0 if micro.filler else 1.0) for i in micro.rows])
-            for micro in dealt[dist.get_rank()]
+            for micro in dealt[self._task.rank]
         ]
 
 

@@ -70,6 +70,8 @@ class Entry:
     reference: Literal["cached", "inline", "precomputed"] = "inline"
     workers: int = 1
     pinned: bool = False  # each worker on a core of its own, with one thread
+    apart: bool = False  # workers that share nothing, each with its part of the rows: the most that the machine gives
+    always_zero: bool = False  # ZeRO also where one worker has nobody to share with; qalign leaves it out there
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +210,17 @@ SCALING = replace(
     name="scaling",
     title="two ZeRO-2 workers with one core each against one such worker, rows of w1, 8 pairs a step",
     groups_per_step=8,
-    entries=(_ours("two-workers", workers=2, pinned=True), _ours("one-worker", pinned=True)),
-    targets=(Target("time", "two-workers", "one-worker", 1.7),),
+    entries=(
+        _ours("two-workers", workers=2, pinned=True),
+        _ours("one-worker", pinned=True),
+        _ours("one-worker-zero2", pinned=True, always_zero=True),
+        _ours("two-apart", workers=2, pinned=True, apart=True),
+    ),
+    targets=(
+        Target("time", "two-workers", "one-worker-zero2", 1.7),
+        Target("time", "two-workers", "one-worker", 1.7),
+        Target("time", "two-apart", "one-worker", 1.7),
+    ),
     agreement=("two-workers", "one-worker"),
 )
 WORKLOADS = {workload.name: workload for workload in (W1, W2, W3, W4)}

@@ -68,12 +68,11 @@ def distinct(texts: Sequence[Sequence[str]], n: int) -> Metric | None:
     texts: completions by prompt. The standard error is the delete-one jackknife's over prompts.
     """
     by_prompt = [Counter(gram for text in group for gram in _grams(text.split(), n)) for group in texts]
-    total = sum(by_prompt, Counter())
-    count, different = total.total(), len(total)
-    if not count:
-        return None
     owners = Counter(gram for own in by_prompt for gram in own)  # how many prompts have it
     sizes = np.array([own.total() for own in by_prompt])
+    count, different = int(sizes.sum()), len(owners)
+    if not count:
+        return None
     exclusive = np.array([sum(owners[gram] == 1 for gram in own) for own in by_prompt])
     kept, m = sizes < count, len(texts)
     if m < 2 or not kept.all():
