@@ -181,9 +181,8 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
     """Row by row: [n, V], [n, V] → [n], without the product in memory."""
     if x.device.type != "cpu":
         return torch.bmm(x[:, None, :], y[:, :, None])[:, 0, 0]
-    rows = max(
-        1, 2**20 // x.shape[-1]
-    )  # the product stays in the processor's cache: a third of the time of a CPU's bmm
+    # The product stays in the processor's cache: a third of the time that its bmm takes.
+    rows = max(1, 2**20 // x.shape[-1])
     return torch.cat([(a * b).sum(-1) for a, b in zip(x.split(rows), y.split(rows), strict=True)])
 
 
