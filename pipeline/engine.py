@@ -95,8 +95,8 @@ class Engine:
         the plain sum of all gradients. The number of calls may vary from step to step, but not between ranks.
         """
         self._engine.set_gradient_accumulation_boundary(last)
-        # DeepSpeed averages over ranks (stage 3 has no switch for sums): take the division back.
-        self._engine.backward(loss * self.world, scale_wrt_gas=False)
+        # Stage 3 averages over ranks, and has no switch for sums: take the division back.
+        self._engine.backward(loss * self.world if self._stage == 3 else loss, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
         """Clip, update all weights with this learning rate, clear the gradients. Returns the global norm before clipping.

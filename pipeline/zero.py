@@ -30,6 +30,8 @@ def settings_of(config: RunConfig, clip: float | None, bf16: bool, device: torch
         "stage": stage,
         "reduce_bucket_size": min(BUCKET_NUMEL, numel),
         "stage3_param_persistence_threshold": PERSISTENT_NUMEL,
+        # True does not scatter at stages 1 and 2: it sums the whole bucket, too, but in a copy.
+        "reduce_scatter": stage == 3,
     }
     if config.scaling.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
@@ -42,6 +44,7 @@ def settings_of(config: RunConfig, clip: float | None, bf16: bool, device: torch
         # and gone.
         "bf16": {"enabled": bf16, "immediate_grad_update": True},
         "communication_data_type": "fp32",
+        "gradient_allreduce_op": "mean" if stage == 3 else "sum",  # see `Engine.backward`
         "data_types": {"grad_accum_dtype": "fp32" if stage > 0 else None},  # stage 0 knows only the working type
         "gradient_clipping": (clip or 0.0) if stage > 0 or bf16 else 0.0,  # `Engine.step` clips
         "steps_per_print": None,
