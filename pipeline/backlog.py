@@ -72,8 +72,8 @@ class Backlog:
                 self._trouble = ""
             self._due = time.monotonic() + (self._retry if failures else self._interval)
 
-    def close(self) -> None:
-        """A last attempt; says what could not be sent."""
+    def close(self) -> bool:
+        """A last attempt; says what could not be sent, and returns whether all was."""
         with self._lock:
             self.flush(patience=3)
             if self._entries:
@@ -82,6 +82,7 @@ class Backlog:
                 logger.warning("%s was not told: %s%s (%s)", self._service, ", ".join(names[:5]), more, self._trouble)
             if self._refused:
                 logger.warning("%s refused %s", self._service, "; ".join(self._refused))
+            return not self._entries
 
     def _send(self) -> None:
         if self._connection is None:

@@ -95,11 +95,17 @@ def fit(config: RunConfig, local: bool = False, report: Callable[[Result, Tracke
     run, identity = open_run(config, prepared)
     tracker = start(config, run, identity)
     if (run / EXPORT).is_dir():
-        if tracker.location and not tracker.ended:  # killed behind the export, before MLflow knew
+        owed = tracker.owes("FINISHED")  # the driver was killed behind the export, or MLflow was away
+        if owed:
+            tracker.log_config(config.dump())
             _tell_steps(tracker, run)
             _tell_result(config, tracker, run)
+        result = Result(prepared, run, run / EXPORT, last_metrics(run), tracker.location, already_finished=True)
+        if owed:
+            if report is not None:
+                report(result, tracker)
             tracker.finish("FINISHED")
-        return Result(prepared, run, run / EXPORT, last_metrics(run), tracker.location, already_finished=True)
+        return result
     status = "FAILED"
     try:
         _train(config, prepared, run, tracker, local)

@@ -9,10 +9,9 @@ Left out: GPUs, and whatever is fast already (`attention`, matrix products).
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
-from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -67,12 +66,11 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotation(own: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    def apply_rotary_pos_emb(
-        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1, **more: Any
-    ) -> Any:
-        if more or not _fits(q) or not _fits(k) or not _fits(cos) or q.shape[-1] != cos.shape[-1]:
-            return own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim, **more)
-        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
+        tokens = cos.shape[-2:]
+        if not all(map(_fits, (q, k, cos, sin))) or {q.shape[-2:], k.shape[-2:]} != {tokens} or unsqueeze_dim != 1:
+            return own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
     apply_rotary_pos_emb.replaced = own  # type: ignore[attr-defined]
@@ -80,12 +78,14 @@ def _rotation(own: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
 
 
 def _same_rotation(own: Callable[..., tuple[Tensor, Tensor]]) -> bool:
+    if _parameters(own) != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
+        return False
     generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 1, 2, 3, 8, generator=generator)
-    cos, sin = torch.randn(2, 1, 3, 8, generator=generator)
+    q, k = torch.randn(2, 2, 5, 3, 8, generator=generator)
+    cos, sin = torch.randn(2, 2, 3, 8, generator=generator)
     try:
         found = own(q, k, cos, sin)
-    except (TypeError, ValueError, RuntimeError, IndexError):
+    except Exception:  # whatever it is, it is another function
         return False
     mine = rotate(q, cos[:, None], sin[:, None]), rotate(k, cos[:, None], sin[:, None])
     return len(found) == 2 and all(map(_alike, found, mine))
@@ -111,33 +111,59 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
         size = x.shape[-1]
         product = (grad * x).reshape(-1, size)
-        by_weight = torch.mv(product.t(), scale.reshape(-1))
+        by_weight = torch.mv(product.t(), scale.reshape(-1)) if ctx.needs_input_grad[1] else None
         pull = torch.mv(product, weight).view(scale.shape).mul_(scale.pow(3)).div_(-size)
         by_x = torch.mul(grad, weight, out=product.view(x.shape)).mul_(scale).addcmul_(x, pull)
         return by_x, by_weight, None
 
 
+class _FusedNorm:
+    """In place of the `forward` of a module that computes `rms_norm` with weights `offset` + module.weight."""
+
+    def __init__(self, module: nn.Module, offset: float, eps: float) -> None:
+        self._module, self._offset, self._eps = module, offset, eps
+
+    def __call__(self, *args: Any, **named: Any) -> Tensor:
+        weight, x = self._module.weight, args[0] if len(args) == 1 and not named else None
+        if x is None or not _fits(x) or x.dtype != weight.dtype:
+            return type(self._module).forward(self._module, *args, **named)
+        return rms_norm(x, weight + self._offset if self._offset else weight, self._eps)
+
+
 def _attach_norm(module: nn.Module) -> None:
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(weight, Tensor) or weight.dim() != 1 or not isinstance(eps, float) or not _fits(weight):
+    alone = len(_parameters(module.forward)) == 1  # others have a gate
+    if (
+        not alone
+        or not isinstance(weight, Tensor)
+        or weight.dim() != 1
+        or not isinstance(eps, float)
+        or not _fits(weight)
+    ):
         return
-    x = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0), dtype=weight.dtype)
-    with torch.no_grad():
-        found = module(x)
-        for offset in (0.0, 1.0):  # Gemma's weights are the distance from 1
-            if _alike(found, rms_norm(x, weight + offset, eps)):
-                module.forward = MethodType(partial(_normed, offset, eps), module)
-                return
+    generator = torch.Generator().manual_seed(0)
+    other, x = torch.randn(2, len(weight), generator=generator, dtype=weight.dtype)
+    rows = torch.stack([x, x * eps**0.5, x.flip(0)])  # the second one shows where eps is added
+    try:
+        with torch.no_grad():
+            found = torch.func.functional_call(module, {"weight": other}, (rows,))
+    except Exception:  # whatever it is, it is another norm
+        return
+    for offset in (0.0, 1.0):  # Gemma's weights are the distance from 1
+        if _alike(found, rms_norm(rows, other + offset, eps)):
+            module.forward = _FusedNorm(module, offset, eps)
+            return
 
 
-def _normed(offset: float, eps: float, module: nn.Module, hidden_states: Tensor) -> Tensor:
-    if not _fits(hidden_states) or hidden_states.dtype != module.weight.dtype:
-        return type(module).forward(module, hidden_states)
-    return rms_norm(hidden_states, module.weight + offset if offset else module.weight, eps)
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    try:
+        return list(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return []
 
 
 def _fits(x: Tensor) -> bool:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
 
 STATE_FILE = "tracking.json"
+ELSEWHERE = "elsewhere"
+"""In place of how a run ended: another server was told, or an earlier version of this file, which did not note it."""
 FINAL = {  # errors that another attempt won't mend; all others (no connection, a locked database, …) are retried
     "INVALID_PARAMETER_VALUE",
     "BAD_REQUEST",
@@ -76,9 +78,8 @@ class MlflowTracker(Tracker):
         run_id = self._state["run_id"]
         return f"{self._shown} (experiment {self._experiment}, run {run_id})" if run_id else ""
 
-    @property
-    def ended(self) -> bool:
-        return self._state["ended"] is not None
+    def owes(self, status: Status) -> bool:
+        return self._state["ended"] not in (status, ELSEWHERE)
 
     def last_step(self) -> int:
         self._backlog.flush()  # finds out whether the run of tracking.json still exists
@@ -141,12 +142,9 @@ class MlflowTracker(Tracker):
         return self._state["run_id"]
 
     def finish(self, status: Status) -> None:
-        def send(client: MlflowClient) -> None:
-            client.set_terminated(self._state["run_id"], status)
+        self._backlog.add(f"status {status}", lambda client: client.set_terminated(self._state["run_id"], status))
+        if self._backlog.close():
             self._write_state(ended=status)
-
-        self._backlog.add(f"status {status}", send)
-        self._backlog.close()
 
     # -------------------------------------------------------------------------------------- the run and its state
 
@@ -177,6 +175,7 @@ class MlflowTracker(Tracker):
         else:
             # The token is on disk before the run exists: a driver that dies in between finds the run by it.
             self._write_state()
+            self._state["ended"] = None
             tags = {"qalign.token": self._state["token"]}
             if self._parent is not None:
                 tags["mlflow.parentRunId"] = self._parent.open()
@@ -190,8 +189,10 @@ class MlflowTracker(Tracker):
 
     def _read_state(self) -> dict[str, Any]:
         path = self._run / STATE_FILE
-        state = self._new_state() | (json.loads(path.read_text()) if path.is_file() else {})
-        return state if state["uri"] == self._shown else self._new_state()
+        if not path.is_file():
+            return self._new_state()
+        state = {"ended": ELSEWHERE} | json.loads(path.read_text())
+        return state if state["uri"] == self._shown else self._new_state() | {"ended": ELSEWHERE}
 
     def _write_state(self, **changes: Any) -> None:
         self._state |= changes

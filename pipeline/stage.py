@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, UserError
 
 Item = dict[str, Any]
 
-_REFUSED = "refused"  # the column of a row that tells a worker's UserError instead of its result
+_REFUSED = "qalign/refused"  # the column of a row that tells a worker's UserError instead of its result
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +70,19 @@ class _Threaded:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the parallelism is the actors'
         torch.set_num_threads(threads)
         self._build, self._call = partial(worker, **arguments), None
+        self._refusal: Item | None = None
 
     def __call__(self, row: Item) -> Item:
+        if self._refusal is not None:  # the first one ends the stage: what is left is not worked on
+            return self._refusal
         try:
             if self._call is None:  # not before: of an error in a constructor Ray tells only that the actor died
                 self._call = self._build()
             return self._call(row)
         except UserError as error:
             # As a row: where an actor raises, Ray prints its traceback, and its executor keeps actors (and their CPUs) for a while.
-            return {_REFUSED: type(error).__name__, "message": str(error)}
+            self._refusal = {_REFUSED: type(error).__name__, "message": str(error)}
+            return self._refusal
 
 
 def _on_ray(

@@ -31,10 +31,9 @@ class Tracker:
         """Where a person finds the run; empty before anything was sent and without tracking."""
         return ""
 
-    @property
-    def ended(self) -> bool:
-        """Whether it is known how the run ended. Not so where a driver was killed before it could tell."""
-        return True
+    def owes(self, status: Status) -> bool:
+        """Whether nobody was told yet that the run ended so: its driver was killed before it could, or did not get through."""
+        return False
 
     def last_step(self) -> int:
         """Newest step that is already logged; 0: none."""

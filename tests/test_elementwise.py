@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import sys
 
 import pytest
@@ -106,27 +107,69 @@ def test_other_types_and_other_functions_keep_their_own_code(untouched) -> None:
 
     assert not elementwise._same_rotation(by_pairs)
 
+    def never_unsqueezed(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1
+    ):
+        return tuple(elementwise.rotate(x, cos, sin) for x in (q, k))
 
-def test_a_norm_of_another_kind_stays_as_it_is() -> None:
-    class CentredRMSNorm(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight, self.eps = nn.Parameter(torch.ones(8)), 1e-6
+    assert not elementwise._same_rotation(never_unsqueezed)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return nn.functional.layer_norm(x, (8,), self.weight, eps=self.eps)
 
-    norm = CentredRMSNorm()
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.zeros(8)), 1e-6
+
+
+class CentredRMSNorm(Own):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.layer_norm(x, (8,), self.weight + 1, eps=self.eps)
+
+
+class GatedRMSNorm(Own):
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return elementwise.rms_norm(x, self.weight, self.eps) * (1 if gate is None else gate.sigmoid())
+
+
+class NeedsGateRMSNorm(Own):
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return elementwise.rms_norm(x, self.weight, self.eps) * gate.sigmoid()
+
+
+class ScaledInputRMSNorm(Own):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # Gemma's as long as its weights are 0
+        return elementwise.rms_norm(x * (1 + self.weight), torch.ones(8), self.eps)
+
+
+class EpsBehindRMSNorm(Own):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.eps) * self.weight
+
+
+@pytest.mark.parametrize("kind", Own.__subclasses__())
+def test_a_norm_of_another_kind_stays_as_it_is(kind: type[Own]) -> None:
+    norm = kind()
     elementwise.attach(norm)
     assert "forward" not in vars(norm)
+
+
+def test_frozen_weights_get_no_gradient_and_inputs_do() -> None:
+    lm = build("llama")
+    elementwise.attach(lm)
+    for module in norms(lm):
+        module.requires_grad_(False)
+    lm(input_ids=IDS).logits.sum().backward()
+    assert all(module.weight.grad is None for module in norms(lm))
+    assert all(p.grad is not None for p in lm.parameters() if p.requires_grad)
 
 
 def test_a_copy_of_a_model_computes_with_its_own_weights() -> None:
     lm = build("llama")
     elementwise.attach(lm)
-    other = copy.deepcopy(lm)
+    other, pickled = copy.deepcopy(lm), pickle.loads(pickle.dumps(lm))
     with torch.no_grad():
         for module in norms(lm):
             module.weight.zero_()
     assert lm(input_ids=IDS).logits.abs().max() == 0
     assert other(input_ids=IDS).logits.abs().max() > 0
+    assert torch.equal(other(input_ids=IDS).logits, pickled(input_ids=IDS).logits)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline import checkpoint, engine
-from pipeline.optimizer import lr_at
+from pipeline.optimizer import adamw, lr_at
 from tests.engine_runs import (
     DTYPES,
     SAVED,
@@ -148,6 +148,24 @@ def test_stage_0_equals_plain_pytorch(one: dict[str, Any]) -> None:
     assert min(expected["norms"]) > 0.5, "clipping has to be at work"
     assert one["stage 0"]["norms"] == pytest.approx(expected["norms"], rel=1e-5)
     assert_close(one["stage 0"], expected, 1e-6, 1e-6)
+
+
+def test_a_step_that_needs_no_clipping_after_one_that_did(alone: Path) -> None:
+    trainer, policy = engine.Engine(Tiny(), config(0), "cpu"), Tiny()
+    optimizer = adamw(policy.parameters(), config(0).optimizer, offload=False)
+    for part in (1.0, 1e-3):
+        loss = trainer(rows(0)).loss / SCALE * part
+        trainer.backward(loss, last=True)
+        norm = trainer.step(1e-2)
+        (policy(rows(0)).loss / SCALE * part).backward()
+        assert norm == pytest.approx(nn.utils.clip_grad_norm_(policy.parameters(), 0.5).item(), rel=1e-5)
+        assert (norm > 0.5) == (part == 1.0)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = 1e-2
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, expected in policy.named_parameters():
+        torch.testing.assert_close(trainer.module.get_parameter(name), expected, atol=1e-6, rtol=1e-5, msg=name)
+    trainer.close()
 
 
 @pytest.mark.slow

@@ -221,20 +221,28 @@ def test_fit_exports_what_transformers_loads_and_says_when_it_is_finished(make_c
 def test_a_finished_run_whose_end_mlflow_was_not_told_tells_it(make_config) -> None:
     from mlflow import MlflowClient
 
-    config = make_config("tracking.enabled=true", "train.max_steps=3")
-    run = fit(config, local=True).run
+    run = fit(make_config("train.max_steps=3"), local=True).run  # nobody is told
+    config, reported = make_config("tracking.enabled=true", "train.max_steps=3"), []
     client = MlflowClient(tracking_uri=f"sqlite:///{config.storage}/mlflow.db")
+
+    def again() -> dict[str, object]:
+        assert fit(config, local=True, report=lambda result, _: reported.append(result.run)).already_finished
+        state = json.loads((run / "tracking.json").read_text())
+        found = client.get_run(state["run_id"])
+        assert found.info.status == "FINISHED"
+        assert found.data.tags["model.path"] == str((run / "export").resolve())
+        assert found.data.params["train.max_steps"] == "3"
+        steps = client.get_metric_history(state["run_id"], "loss")
+        assert [metric.step for metric in steps] == [1, 2, 3]
+        return state
+
+    state = again()
     # As a driver leaves it that is killed behind the export.
-    state = json.loads((run / "tracking.json").read_text())
     client.update_run(state["run_id"], status="RUNNING")
     client.delete_tag(state["run_id"], "model.path")
     (run / "tracking.json").write_text(json.dumps(state | {"ended": None}))
-    assert fit(config, local=True).already_finished
-    found = client.get_run(state["run_id"])
-    assert found.info.status == "FINISHED"
-    assert found.data.tags["model.path"] == str((run / "export").resolve())
-    steps = client.get_metric_history(state["run_id"], "loss")
-    assert [metric.step for metric in steps] == [1, 2, 3]
+    assert again() == state and reported == [run, run]
+    assert again() == state and reported == [run, run], "told, and told again"
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,18 @@ class Adds:
 class RefusesItem(Adds):
     def __call__(self, item: Item) -> Item:
         raise UserError("decoding.alpha: no such thing; set it")
+
+
+class RefusesLater(Adds):
+    def __call__(self, item: Item) -> Item:
+        if item["n"] >= 4:
+            raise UserError("decoding.alpha: no such thing; set it")
+        return super().__call__(item)
+
+
+class Fails(Adds):
+    def __call__(self, item: Item) -> Item:
+        raise ZeroDivisionError("a bug")
 
 
 class RefusesToStart(Adds):
@@ -57,4 +71,31 @@ def test_an_error_that_a_user_can_mend_stays_what_it_is_and_leaves_no_thread_beh
         run(RefusesItem, local, number=1)
     with pytest.raises(ConfigError, match=r"^checkpoint_from: it holds no critic; name another$"):
         run(RefusesToStart, local, number=1)
-    assert set(threading.enumerate()) <= threads  # one that reached Ray after its shutdown would end this process
+    # One that reached Ray after its shutdown would end this process.
+    wait_until(lambda: set(threading.enumerate()) <= threads)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_ends_early_hands_out_what_was_done_and_gives_its_actors_back() -> None:
+    import ray
+
+    items, resources = [{"n": n} for n in range(6)], Resources(cpus=1, actors=2)
+    stage = run_stage(RefusesLater, {"number": 1}, items, label="x", resources=resources, local=False)
+    assert [next(stage)["sum"] for _ in range(4)] == [1, 2, 3, 4]
+    with pytest.raises(UserError, match="no such thing"):
+        next(stage)
+    wait_until(lambda: ray.available_resources().get("CPU") == 2)
+    stage = run_stage(Adds, {"number": 1}, items, label="x", resources=resources, local=False)
+    assert next(stage)["sum"] == 1
+    stage.close()
+    wait_until(lambda: ray.available_resources().get("CPU") == 2)
+    with pytest.raises(Exception, match="a bug"):
+        run(Fails, number=1)
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -173,9 +173,8 @@ def test_a_restarted_job_continues_its_run_and_logs_no_step_twice(storage, setti
     for step in (1, 2, 3):
         first.log_metrics(step, {"loss": float(step)})
     assert first.last_step() == 3
-    assert not first.ended
     first.finish("KILLED")
-    assert first.ended
+    assert first.owes("FINISHED") and not first.owes("KILLED")
     assert stored(storage, run).info.status == "KILLED"
 
     second = start(settings, run, "0123")
@@ -184,8 +183,9 @@ def test_a_restarted_job_continues_its_run_and_logs_no_step_twice(storage, setti
     for step in range(second.last_step() + 1, 6):
         second.log_metrics(step, {"loss": float(step)})
     assert stored(storage, run).info.status == "RUNNING"
-    assert not second.ended
+    assert second.owes("KILLED")
     second.finish("FINISHED")
+    assert not second.owes("FINISHED")
     assert history(storage, run, "loss") == [(step, float(step)) for step in range(1, 6)]
     experiment = client(storage).get_experiment_by_name(settings.tracking.experiment)
     assert len(client(storage).search_runs([experiment.experiment_id])) == 1

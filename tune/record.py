@@ -63,10 +63,6 @@ class Recorder:
         self._thread = threading.Thread(target=self._follow, name="recorder", daemon=True)
 
     def __enter__(self) -> Recorder:
-        for trial in self._sweep.table.done():
-            tracker = self._tracker(trial)
-            if not tracker.ended:  # the driver was killed after it had written that down, and before MLflow knew
-                self._ended.append((self._following(trial, Lease(Path(trial.run))), STATUS[trial.state]))
         self._thread.start()
         return self
 
@@ -148,6 +144,7 @@ class Recorder:
 
     def _follow(self) -> None:
         try:
+            self._tell_owed()
             while not self._stop.wait(0.5):
                 self._drain()
             self._drain()
@@ -161,12 +158,27 @@ class Recorder:
         for one in [*running, *(one for one, _ in ended)]:
             self._read(one)
         for one, status in ended:
-            assert one.tracker is not None
-            facts = {name: value for name, value in one.trial.metrics.items() if name.startswith("eval/")}
-            one.tracker.log_summary({f"final/{name}": value for name, value in facts.items()})
-            reason = {"trial.reason": one.trial.reason} if one.trial.reason else {}
-            one.tracker.log_summary({"trial.state": one.trial.state, **reason})
-            one.tracker.finish(status)
+            self._finish(one, status)
+
+    def _finish(self, one: _Open, status: Status) -> None:
+        assert one.tracker is not None
+        facts = {name: value for name, value in one.trial.metrics.items() if name.startswith("eval/")}
+        one.tracker.log_summary({f"final/{name}": value for name, value in facts.items()})
+        reason = {"trial.reason": one.trial.reason} if one.trial.reason else {}
+        one.tracker.log_summary({"trial.state": one.trial.state, **reason})
+        one.tracker.finish(status)
+
+    def _tell_owed(self) -> None:
+        """Trials whose end MLflow does not know: the driver was killed when it was in the table alone, or MLflow was away."""
+        for trial in self._sweep.table.done():
+            status = STATUS[trial.state]
+            if not self._tracker(trial).owes(status):
+                continue
+            one = self._following(trial, Lease(Path(trial.run)))
+            self._read(one)
+            self._finish(one, status)
+            if one.tracker is None or one.tracker.owes(status):
+                return  # it is still away: the next call tries again
 
     def _read(self, one: _Open) -> None:
         """New lines of a trial's metrics and log. Only this thread reads them."""

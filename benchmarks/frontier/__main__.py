@@ -74,11 +74,14 @@ def run(size: Size, folder: Path, storage: str, at_once: int, command: str) -> N
 
 def _review_model(storage: str, quick: bool, threads: int) -> Path:
     """The pool's other processes have nothing to do yet: it gets their threads."""
+    import torch
+
     os.environ["OMP_NUM_THREADS"] = str(threads)
     try:
         return review_model(storage, quick=quick)
     finally:
         os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
 
 
 def results(

@@ -70,7 +70,9 @@ class Entry:
     reference: Literal["cached", "inline", "precomputed"] = "inline"
     workers: int = 1
     pinned: bool = False  # each worker on a core of its own, with one thread
-    apart: bool = False  # workers that share nothing, each with its part of the rows: the most that the machine gives
+    apart: bool = (
+        False  # workers that share nothing, each with its part of the rows: two at a time without a word between them
+    )
     always_zero: bool = False  # ZeRO also where one worker has nobody to share with; qalign leaves it out there
 
 
