@@ -80,6 +80,8 @@ class Engine:
         self._alone = "LOCAL_RANK" not in os.environ
         os.environ.setdefault("LOCAL_RANK", str(self.device.index or 0))
         self._engine = initialize(policy, optimizer, settings, self.device)
+        if self._plain and self.world == 1:
+            self._engine.enable_backward_allreduce = False  # it would copy all gradients there and back, for nobody
         self._inner, self._masters = self._create_state()
         if resume is not None:
             self._load(resume)
@@ -106,7 +108,10 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         if self._plain:
-            norm = float(nn.utils.get_total_norm([p.grad for p in self._trained.values() if p.grad is not None]))
+            for p in self._trained.values():
+                if p.grad is None:  # of a parameter that nothing used: a zero, as among several ranks
+                    p.grad = torch.zeros_like(p)
+            norm = float(nn.utils.get_total_norm([p.grad for p in self._trained.values()]))
             if math.isfinite(norm):
                 too_long = norm / self._clip if self._clip else 0.0
                 # Divided by in the update itself, which spares a pass over all gradients.
