@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pipeline import last_layer
 from pipeline.collate import group_mask
 
 GROUPS = "qalign_groups"
@@ -104,7 +105,8 @@ def group_attention(
     width = value.shape[-1]
     widest = max(query.shape[-1], width)
     query, key, value = (_read(x, widest) for x in (query, key, value))
-    sights = plan(tuple(tuple(n for n in row if n) for row in rows), window, query.dtype)
+    groups = tuple(tuple(n for n in row if n) for row in rows)
+    sights = plan(groups, window, query.dtype, last_layer.reads_ends(module))
     return _Attention.apply(query, key, value, sights, scale)[..., :width], None
 
 
@@ -118,13 +120,16 @@ def _read(x: Tensor, width: int) -> Tensor:
 
 
 @lru_cache(maxsize=4)  # all layers of a forward, and their recomputation, ask for the same ones
-def plan(groups: tuple[Group, ...], window: int, dtype: torch.dtype) -> tuple[Sight, ...]:
-    """What the queries see, in their order. window: 0 for none; dtype: of the masks, which is the queries'."""
+def plan(groups: tuple[Group, ...], window: int, dtype: torch.dtype, ends: bool = False) -> tuple[Sight, ...]:
+    """What the queries see, in their order.
+
+    window: 0 for none; dtype: of the masks, which is the queries'; ends: of a long prompt only the last token looks.
+    """
     if window >= max(prompt + max(responses, default=0) for prompt, *responses in groups):
         window = 0  # it hides nothing
     sights, start = [], 0
     for bundle in _bundles(groups):
-        sights += _sights(bundle, start, window, dtype)
+        sights += _sights(bundle, start, window, dtype, ends)
         start += sum(map(sum, bundle))
     return tuple(sights)
 
@@ -139,7 +144,7 @@ def _bundles(groups: Sequence[Group]) -> list[list[Group]]:
     return bundles
 
 
-def _sights(bundle: list[Group], start: int, window: int, dtype: torch.dtype) -> Iterator[Sight]:
+def _sights(bundle: list[Group], start: int, window: int, dtype: torch.dtype, ends: bool) -> Iterator[Sight]:
     tokens = sum(map(sum, bundle))
     if tokens <= BUNDLE or window:
         mask = _mask(bundle, window, dtype)
@@ -147,7 +152,7 @@ def _sights(bundle: list[Group], start: int, window: int, dtype: torch.dtype) ->
         return
     ((prompt, *responses),) = bundle  # a group that is longer than a bundle is alone in it
     behind, end = start + prompt, start + tokens
-    yield Sight(Block(start, behind, start, behind, causal=True))
+    yield Sight(Block(behind - 1 if ends else start, behind, start, behind, causal=not ends))
     if responses:
         yield Sight(Block(behind, end, start, behind), tuple(_own(responses, behind, dtype)))
 
@@ -194,7 +199,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sights: tuple[Sight, ...], scale: float) -> Tensor:
         _, heads, tokens, width = query.shape
-        out = query.new_empty(1, tokens, heads, width)
+        all_look = sum(sight.block.stop - sight.block.start for sight in sights) == tokens
+        out = (query.new_empty if all_look else query.new_zeros)(1, tokens, heads, width)
         sums = []
         for sight in sights:
             found, total = _forward(query, key, value, sight.block, scale)
@@ -204,13 +210,14 @@ class _Attention(torch.autograd.Function):
             out[:, sight.block.queries] = found.transpose(1, 2)
             sums.append(total)
         ctx.save_for_backward(query, key, value, out, *sums)
-        ctx.sights, ctx.scale = sights, scale
+        ctx.sights, ctx.scale, ctx.all_look = sights, scale, all_look
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, *sums = ctx.saved_tensors
-        grads = tuple(torch.empty_like(x) for x in (query, key, value))
+        like = torch.empty_like if ctx.all_look else torch.zeros_like
+        grads = like(query), torch.empty_like(key), torch.empty_like(value)
         by_out, out = grad.contiguous().transpose(1, 2), out.transpose(1, 2)
         written = 0  # keys before this one have their first gradient, all those behind it none
         for sight, total in zip(ctx.sights, sums, strict=True):

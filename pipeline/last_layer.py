@@ -1,7 +1,8 @@
-"""The last layer's feed-forward block, where somebody reads what comes of it: at the states that predict trained tokens.
+"""The last layer, where somebody reads what comes of it: at the states that predict trained tokens.
 
 Nothing looks at a prompt's last hidden states, except for the one that predicts the responses' first tokens. All layers before
-need them, and so do the keys and values of the last one; its feed-forward block does not, because it treats each position alone.
+need them, and so do the keys and values of the last one; its queries do not (`attention` asks here), nor its feed-forward block,
+because both treat each position alone.
 
 Left out: what is read (`trunk`).
 """
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 _READ: ContextVar[tuple[Tensor, int] | None] = ContextVar("read", default=None)
 """The places that are read, and how many there are."""
+_ENDS: ContextVar[bool] = ContextVar("ends", default=False)
+"""Whether no prompt is read before its last token."""
 
 
 def attach(lm: nn.Module) -> None:
@@ -28,17 +31,25 @@ def attach(lm: nn.Module) -> None:
 
 
 @contextmanager
-def read_at(lm: nn.Module, places: Tensor, tokens: int) -> Iterator[None]:
+def read_at(lm: nn.Module, places: Tensor, tokens: int, ends: bool) -> Iterator[None]:
     """In a forward of flat rows [1, tokens, …] only the states at `places` [n] are read, which may repeat.
 
-    Not where layers are computed again in the backward pass: by then nobody would know.
+    ends: none of them lies in a prompt before its last token. Nothing is left out where layers are computed again in the backward
+    pass: by then nobody would know.
     """
     again = any(getattr(module, "gradient_checkpointing", False) for module in lm.modules())
-    token = _READ.set(None if again else (places.unique(), tokens))
+    tokens_of = _READ.set(None if again else (places.unique(), tokens)), _ENDS.set(ends and not again)
     try:
         yield
     finally:
-        _READ.reset(token)
+        _READ.reset(tokens_of[0])
+        _ENDS.reset(tokens_of[1])
+
+
+def reads_ends(attention: nn.Module) -> bool:
+    """Whether of what this attention finds for prompts only their last tokens' part is read."""
+    index, config = getattr(attention, "layer_idx", None), getattr(attention, "config", None)
+    return _ENDS.get() and index is not None and index + 1 == getattr(config, "num_hidden_layers", None)
 
 
 def _last_layer(lm: nn.Module) -> nn.Module | None:

@@ -69,7 +69,8 @@ def _flat_states(lm: nn.Module, batch: Batch, inputs: Tensor, b: Tensor, t: Tens
     form = _blocks if lm.config._attn_implementation == "flex_attention" else _groups
     flat = inputs[live][None]
     places = (live.flatten().cumsum(0).view(live.shape) - 1)[b, t]  # of a row's token among all
-    with last_layer.read_at(lm, places, flat.shape[1]):
+    prompts = (batch.segment == 0).sum(-1)
+    with last_layer.read_at(lm, places, flat.shape[1], ends=bool((t >= prompts[b] - 1).all())):
         hidden = _run(lm, flat, _masks(lm, form, batch), batch.position_ids[live][None])
     return hidden[0].index_select(0, places)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipeline import last_layer
+from pipeline import attention, last_layer
 from pipeline.collate import collate
 from pipeline.contracts import Row
 from pipeline.model import recompute_layers
@@ -47,6 +47,46 @@ def test_only_what_is_read_is_computed_and_that_is_the_same(name: str) -> None:
         strict=True,
     ):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_of_long_prompts_only_the_last_token_looks_in_the_last_layer(
+    heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    sizes = SIZES["llama"] | {"num_key_value_heads": heads}
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=97, **sizes)).eval()
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(97, (count,)).tolist()
+
+    batch = collate([Row(0, ids(270), [ids(9), ids(30)]), Row(1, ids(5), [ids(280)]), Row(2, ids(4), [ids(3), ids(2)])])
+    expected = token_states(lm, batch, "separate")
+    assert choose_layout(lm) == "flat"
+    flags, plan = [], attention.plan
+    monkeypatch.setattr(attention, "plan", lambda *given: flags.append(given[-1]) or plan(*given))
+    states = token_states(lm, batch, "flat")
+    assert flags == [False, True]
+    long, *_ = plan(((270, 9, 30), (5, 280), (4, 3, 2)), 0, torch.float32, True)
+    assert (long.block.start, long.block.stop, long.block.first) == (269, 270, 0)
+    torch.testing.assert_close(states, expected, atol=5e-6, rtol=1e-5)
+    weight = torch.randn_like(states)
+    for one, other in zip(
+        *(torch.autograd.grad((x * weight).sum(), list(lm.base_model.parameters())) for x in (states, expected)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, atol=5e-5, rtol=1e-4)
+
+
+def test_prompts_that_somebody_reads_look_everywhere() -> None:
+    lm = build("llama")
+    choose_layout(lm)
+    layer = lm.base_model.layers[-1].self_attn
+    for ends, expected in ((False, False), (True, True)):
+        with last_layer.read_at(lm, torch.tensor([0, 3]), 5, ends):
+            assert last_layer.reads_ends(layer) == expected
+            assert not last_layer.reads_ends(lm.base_model.layers[0].self_attn)
+    assert not last_layer.reads_ends(layer)
 
 
 def test_all_is_computed_for_whoever_reads_all() -> None:
