@@ -6,6 +6,7 @@ implementation. Items and results are plain dicts; large data goes through files
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -114,12 +115,19 @@ def _on_ray(
     )
     # Not iter_rows(): its threads outlive an iteration that ends early, and Ray ends a process that one of them reaches it from after
     # ray.shutdown().
-    for bundle in stage.iter_internal_ref_bundles():
-        for reference in bundle.block_refs:
-            for row in ray.data.block.BlockAccessor.for_block(ray.get(reference)).iter_rows(public_row_format=True):
-                if _REFUSED in row:
-                    raise (ConfigError if row[_REFUSED] == ConfigError.__name__ else UserError)(row["message"])
-                yield row
+    bundles, ended = stage.iter_internal_ref_bundles(), False
+    try:
+        for bundle in bundles:
+            for reference in bundle.block_refs:
+                for row in ray.data.block.BlockAccessor.for_block(ray.get(reference)).iter_rows(public_row_format=True):
+                    if _REFUSED in row:
+                        raise (ConfigError if row[_REFUSED] == ConfigError.__name__ else UserError)(row["message"])
+                    yield row
+        ended = True
+    finally:
+        if not ended:  # Ray Data's executor hangs in a cycle, with actors whose CPUs a later stage would wait for
+            del bundles, stage
+            gc.collect()
 
 
 def _promised() -> dict[str, float]:
