@@ -70,9 +70,7 @@ class Entry:
     reference: Literal["cached", "inline", "precomputed"] = "inline"
     workers: int = 1
     pinned: bool = False  # each worker on a core of its own, with one thread
-    apart: bool = (
-        False  # workers that share nothing, each with its part of the rows: two at a time without a word between them
-    )
+    apart: bool = False  # workers that share nothing, each with its part of the rows
     always_zero: bool = False  # ZeRO also where one worker has nobody to share with; qalign leaves it out there
 
 
