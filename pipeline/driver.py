@@ -94,26 +94,21 @@ def fit(config: RunConfig, local: bool = False, report: Callable[[Result, Tracke
     prepared = prepare(config, local, train=True)
     run, identity = open_run(config, prepared)
     tracker = start(config, run, identity)
-    if (run / EXPORT).is_dir():
-        owed = tracker.owes("FINISHED")  # the driver was killed behind the export, or MLflow was away
-        if owed:
+    finished, status = (run / EXPORT).is_dir(), "FAILED"
+    if finished and not tracker.owes("FINISHED"):
+        return Result(prepared, run, run / EXPORT, last_metrics(run), tracker.location, already_finished=True)
+    try:
+        if finished:  # the driver was killed behind the export, or MLflow was away
             tracker.log_config(config.dump())
             _tell_steps(tracker, run)
-            _tell_result(config, tracker, run)
-        result = Result(prepared, run, run / EXPORT, last_metrics(run), tracker.location, already_finished=True)
-        if owed:
-            if report is not None:
-                report(result, tracker)
-            tracker.finish("FINISHED")
-        return result
-    status = "FAILED"
-    try:
-        _train(config, prepared, run, tracker, local)
-        newest = checkpoint.latest(run)
-        assert newest is not None
-        exported = export(config, newest, prepared.model, run / EXPORT)
-        _tell_result(config, tracker, run)
-        result = Result(prepared, run, exported, last_metrics(run), tracker.location)
+        else:
+            _train(config, prepared, run, tracker, local)
+            newest = checkpoint.latest(run)
+            assert newest is not None
+            export(config, newest, prepared.model, run / EXPORT)
+        tracker.log_summary({f"final/{name}": value for name, value in last_metrics(run).items()})
+        tracker.log_model_reference(run / EXPORT, config.tracking.copy_model, config.tracking.register_as)
+        result = Result(prepared, run, run / EXPORT, last_metrics(run), tracker.location, already_finished=finished)
         if report is not None:
             report(result, tracker)
         status = "FINISHED"
@@ -165,11 +160,6 @@ def last_metrics(run: Path) -> dict[str, float]:
         newest |= line
     newest.pop("step", None)
     return newest
-
-
-def _tell_result(config: RunConfig, tracker: Tracker, run: Path) -> None:
-    tracker.log_summary({f"final/{name}": value for name, value in last_metrics(run).items()})
-    tracker.log_model_reference(run / EXPORT, config.tracking.copy_model, config.tracking.register_as)
 
 
 def _tell_steps(tracker: Tracker, run: Path) -> None:

@@ -171,23 +171,26 @@ class Recorder:
     def _tell_owed(self) -> None:
         """Trials whose end MLflow does not know: the driver was killed when it was in the table alone, or MLflow was away."""
         for trial in self._sweep.table.done():
-            status = STATUS[trial.state]
-            if not self._tracker(trial).owes(status):
+            status, tracker = STATUS[trial.state], self._tracker(trial)
+            if not tracker.owes(status):
                 continue
-            one = self._following(trial, Lease(Path(trial.run)))
+            one = self._following(trial, Lease(Path(trial.run)))  # a lease that nobody enters: its workers are gone
+            self._introduce(one, tracker)
             self._read(one)
             self._finish(one, status)
-            if one.tracker is None or one.tracker.owes(status):
+            if tracker.owes(status):
                 return  # it is still away: the next call tries again
+
+    def _introduce(self, one: _Open, tracker: Tracker) -> None:
+        tracker.log_config(self._sweep.config_of(one.trial).dump())
+        one.tracker, one.last_step = tracker, tracker.last_step()
 
     def _read(self, one: _Open) -> None:
         """New lines of a trial's metrics and log. Only this thread reads them."""
         for text in one.log.new_lines():
             logger.warning("trial %s: %s", one.trial.name, text)
         if one.tracker is None:
-            one.tracker = self._tracker(one.trial)
-            one.tracker.log_config(self._sweep.config_of(one.trial).dump())
-            one.last_step = one.tracker.last_step()
+            self._introduce(one, self._tracker(one.trial))
         newest: dict[str, Any] = {}
         for line in map(json.loads, one.metrics.new_lines()):
             newest |= line
