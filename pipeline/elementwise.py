@@ -1,7 +1,7 @@
 """Rotary positions and root-mean-square norms of transformers' models in fewer passes over memory, on a CPU in float32.
 
-Written with one tensor operation behind the other they take a tenth of a training step, most of it for reading and writing
-intermediate results. Each is one autograd function here. A model gets them where they compute what its own code computes
+Written with one tensor operation behind the other, most of their time goes into reading and writing intermediate results.
+Each is one autograd function here. A model gets them where they compute what its own code computes
 (asked once, with random numbers); for other devices and types its own code runs as before.
 
 Left out: GPUs, and whatever is fast already (`attention`, matrix products).
