@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 
 from pipeline import last_layer
 from pipeline.collate import group_mask
+from pipeline.widening import widens
 
 GROUPS = "qalign_groups"
 """Name of this implementation in transformers' registry (`register`)."""
@@ -100,6 +101,9 @@ def group_attention(
             raise ValueError(f"its attention has {name}, which has no form without padding here")
     (window, *_), *rows = attention_mask[0, 0].tolist()
     heads = query.shape[1] // key.shape[1]
+    rounded = query.dtype
+    if widens(query):
+        query, key, value = query.float(), key.float(), value.float()
     key, value = repeat_kv(key, heads), repeat_kv(value, heads)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     width = value.shape[-1]
@@ -107,7 +111,7 @@ def group_attention(
     query, key, value = (_read(x, widest) for x in (query, key, value))
     groups = tuple(tuple(n for n in row if n) for row in rows)
     sights = plan(groups, window, query.dtype, last_layer.reads_ends(module))
-    return _Attention.apply(query, key, value, sights, scale)[..., :width], None
+    return _Attention.apply(query, key, value, sights, scale)[..., :width].to(rounded), None
 
 
 def _read(x: Tensor, width: int) -> Tensor:

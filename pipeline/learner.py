@@ -76,11 +76,13 @@ def load_trained(
 
 
 def _unshared(config: RunConfig) -> RunConfig:
-    """One float32 worker without offload has nothing to share: at stage 0 it is spared ZeRO's flat copies."""
+    """One worker without offload has nothing to share: float32 at stage 0 is spared ZeRO's flat copies, and bfloat16 at stage 1,
+    which like those above sums gradients in float32, buckets of them."""
     scaling, bf16 = config.scaling, precision(config.model.dtype) == torch.bfloat16
-    if dist.get_world_size() > 1 or bf16 or scaling.offload_optimizer:
+    if dist.get_world_size() > 1 or scaling.offload_optimizer:
         return config
-    return config.model_copy(update={"scaling": scaling.model_copy(update={"zero_stage": 0})})
+    stage = min(scaling.zero_stage, 1 if bf16 else 0)
+    return config.model_copy(update={"scaling": scaling.model_copy(update={"zero_stage": stage})})
 
 
 class Learner:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import latent as thinking
+from pipeline import widening
 from pipeline.config import ConfigError, LoraSection, ModelConfig
 from pipeline.contracts import Batch, Needs, PolicyOut
 from pipeline.distributed import greatest
@@ -32,6 +33,7 @@ class OutputHead(nn.Module):
 
     def __init__(self, lm: nn.Module) -> None:
         super().__init__()
+        widening.attach(lm)
         self.config, self.head = lm.config, lm.get_output_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pipeline import widening
 from pipeline.config import Attention, ConfigError, Precision
 from pipeline.model_files import not_loadable
 from pipeline.weight_files import check_weight_files
@@ -20,15 +21,14 @@ if TYPE_CHECKING:
 
 
 def precision(dtype: Precision) -> torch.dtype:
-    """`auto` → bfloat16 where this machine's processor computes in it (CUDA, or a CPU with AVX512-BF16 or AMX), else
-    float32: emulated bfloat16 is slower than float32."""
+    """`auto` → bfloat16 where this machine's processor has a unit that multiplies matrices of it (CUDA, or a CPU with AMX), else
+    float32. AVX512-BF16 alone is no reason: it multiplies no faster than float32 does, and all else costs conversions."""
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        features = torch.cpu.get_capabilities()
-        native = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+        native = widening.multiplies_bfloat16()
     return torch.bfloat16 if native else torch.float32
 
 

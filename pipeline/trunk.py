@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pipeline import attention, elementwise, last_layer
+from pipeline import attention, elementwise, last_layer, widening
 from pipeline.collate import collate, group_mask
 from pipeline.contracts import Batch, Row
 
@@ -165,6 +165,7 @@ def choose_layout(lm: nn.Module) -> Layout:
     (recurrent ones).
     """
     elementwise.attach(lm)
+    widening.attach(lm)
     with torch.no_grad():
         batch = probe_batch(lm)
         was_training = lm.training

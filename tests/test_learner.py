@@ -89,17 +89,14 @@ def test_other_stages_and_a_value_head_train_the_same_policy_at_first(
         assert second[-1]["loss"] == pytest.approx(first[-1]["loss"], rel=1e-3)
 
 
-def test_one_float32_worker_shares_nothing(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_worker_shares_nothing(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
     def stage(workers: int, *overrides: str) -> int:
         monkeypatch.setattr(dist, "get_world_size", lambda: workers)
         return learner._unshared(make_config("scaling.zero_stage=2", *overrides)).scaling.zero_stage
 
-    assert [stage(1), stage(2), stage(1, "model.dtype=bfloat16"), stage(1, "scaling.offload_optimizer=true")] == [
-        0,
-        2,
-        2,
-        2,
-    ]
+    bf16 = "model.dtype=bfloat16"
+    assert [stage(1), stage(2), stage(1, bf16), stage(2, bf16)] == [0, 2, 1, 2]
+    assert [stage(1, "scaling.offload_optimizer=true"), stage(1, bf16, "scaling.zero_stage=0")] == [2, 0]
 
 
 def test_a_step_hands_its_baseline_to_the_next_one() -> None:

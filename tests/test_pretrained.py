@@ -25,9 +25,8 @@ def test_precision_is_native_bfloat16_or_float32(monkeypatch):
     assert precision("bfloat16") == torch.bfloat16
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for features, expected in [
-        ({"avx512_bf16": True}, torch.bfloat16),
-        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
-        ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ({"amx_bf16": True, "avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_f": True, "avx512_bf16": True, "amx_bf16": False}, torch.float32),
         ({"neon": True}, torch.float32),
     ]:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features)

@@ -142,14 +142,14 @@ def heading(command: str, steps: int) -> str:
 
 
 def machine() -> str:
-    """Processor, cores, native bfloat16 and versions, on one line."""
+    """Processor, cores, what it does with bfloat16, and versions, on one line."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.is_file() else ""
     models = [line for line in text.splitlines() if line.startswith("model name")]
     processor = models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
-    native = "native" if "avx512_bf16" in text or "amx_bf16" in text else "no native"
+    units = [unit for flag, unit in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")) if flag in text]
     cores = len(os.sched_getaffinity(0))
-    return f"{processor}, {cores} cores, {native} bfloat16; Python {platform.python_version()}, {_versions()}."
+    return f"{processor}, {cores} cores, bfloat16 with {' and '.join(units) or 'no unit for it'}; Python {platform.python_version()}, {_versions()}."
 
 
 def _versions() -> str:

@@ -29,7 +29,7 @@ class ModelConfig(Section):
     """For an exact KL (`tdpo`): the reference's last hidden states are read from a cache, or the reference runs beside the policy.
     `auto` measures both on the first rows, and takes the cheaper one that fits the disk."""
     dtype: Precision = "auto"
-    """`auto`: bfloat16 where the processor has it natively, else float32. Master weights are float32 either way."""
+    """`auto`: bfloat16 where the processor has a unit for its matrix products (GPUs, CPUs with AMX), else float32. Master weights are float32 either way."""
     attention: Attention = "auto"
     """Attention implementation of transformers. `auto`: flex_attention on a GPU (it skips what a response may not see), else sdpa."""
     lora: LoraSection | None = None

@@ -88,7 +88,7 @@ class ScalingConfig(Section):
     cpus_per_worker: Positive = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """One float32 worker without offload runs at stage 0 whatever this says: it has nothing to share."""
+    """One worker without offload has nothing to share: whatever this says, float32 runs at stage 0 there, bfloat16 at most at stage 1."""
     offload_optimizer: bool = False
     """Keep optimizer state in host memory (needs a C++ compiler: DeepSpeed builds its CPU Adam)."""
     max_failures: Annotated[int, Field(ge=-1)] = 3
