@@ -10,7 +10,7 @@ Left out: DeepSpeed (`engine`), losses (`objectives`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.config import ConfigError, RunConfig
 from pipeline.contracts import Batch, PolicyOut, TermGroup
@@ -85,6 +85,24 @@ def _unshared(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"scaling": scaling.model_copy(update={"zero_stage": stage})})
 
 
+def head_share(networks: Sequence[nn.Module]) -> float:
+    """What the output head costs at a token, where everything below it costs 1: by the weights that are multiplied with.
+
+    Taken for equal: forward and backward pass, trained and frozen, and experts, as if all of them were asked.
+    """
+    if not isinstance(networks[0], Policy):
+        return 0.0
+    head = networks[0].lm.get_output_embeddings()
+    looked_up = [module for network in networks for module in network.modules() if isinstance(module, nn.Embedding)]
+    apart = {id(p) for module in (head, *looked_up) for p in module.parameters()}
+    below = sum(_numel(p) for network in networks for p in network.parameters() if id(p) not in apart)
+    return sum(map(_numel, head.parameters())) / max(1, below)
+
+
+def _numel(p: nn.Parameter) -> int:
+    return getattr(p, "ds_numel", p.numel())  # ZeRO-3 keeps a part of it
+
+
 class Learner:
     """The engines of one run on this rank; every method is collective.
 
@@ -101,6 +119,7 @@ class Learner:
         networks = [engine.module for engine in (policy, critic) if engine is not None]
         self.places: int = getattr(policy.module, "places", 0)  # tokens that the policy puts into every row
         self.padded: bool = any(network.layout != "flat" for network in networks)
+        self.head_share: float = head_share(networks)
         self.beat: Callable[[], None] = _nothing
         """Called whenever some work is done: what a watchdog listens to."""
         self._alone = alone if critic is not None else 0

@@ -31,7 +31,7 @@ from pipeline.fencing import next_attempt
 from pipeline.learner import Learner
 from pipeline.metrics import Sums, all_sum, batch_metrics
 from pipeline.notice import Notice
-from pipeline.order import Plan, micro_batches
+from pipeline.order import Plan, costs_of, micro_batches
 from pipeline.patience import patiently
 from pipeline.progress import LOG_FILE, METRICS_FILE, MetricsFile, log_to, tell
 from pipeline.redaction import urls_without_credentials
@@ -249,10 +249,12 @@ def _my_batches(
     chosen: np.ndarray, rows: Rows, config: RunConfig, learner: Learner, carried: Mapping[str, float]
 ) -> list[Batch]:
     """This rank's micro-batches of the chosen rows."""
-    lengths, budget = rows.lengths + learner.places, config.train.tokens_per_micro_batch
+    tokens, budget = rows.lengths[chosen] + learner.places, config.train.tokens_per_micro_batch
+    costs = costs_of(tokens, rows.response_tokens(chosen), learner.head_share)
     world = dist.get_world_size()
     # Ray Train starts no more workers than `most_workers`; other launchers may.
-    dealt = micro_batches(chosen, lengths, world, budget, learner.padded, max(world, config.scaling.most_workers))
+    most = max(world, config.scaling.most_workers)
+    dealt = micro_batches(chosen, tokens, world, budget, learner.padded, costs, most)
     return [replace(collate(rows.take(micro)), carried=carried).to(learner.device) for micro in dealt[dist.get_rank()]]
 
 

@@ -1,7 +1,7 @@
 """Which rows make up which optimizer step, and who computes them. Order is data, not state.
 
     step_rows(lengths, seed, epoch, rows_per_step)   knows nothing of workers
-    micro_batches(step, lengths, workers, budget)    deals one step out
+    micro_batches(rows, tokens, workers, budget, …)  deals one step out
     Plan(config, lengths)                            the steps of a whole run
 
 All are pure, so a checkpoint only has to store the step's number, a resumed run continues with the very next row, and
@@ -115,68 +115,111 @@ class Plan:
 
 
 def micro_batches(
-    step: Sequence[int], lengths: np.ndarray, workers: int, budget: int, padded: bool = True, most: int | None = None
+    rows: Sequence[int] | np.ndarray,
+    tokens: np.ndarray,
+    workers: int,
+    budget: int,
+    padded: bool,
+    costs: np.ndarray | None = None,
+    most: int | None = None,
 ) -> list[list[MicroBatch]]:
     """Deal a step's rows out: [workers][n] micro-batches, the same n for every worker.
 
-    A micro-batch costs its tokens, or where rows are `padded`, as many of the longest; that cost is as even as possible, so
-    that ranks wait little for each other, and at most `budget`. A row longer than the budget gets a micro-batch of its own.
+    A micro-batch has at most `budget` tokens, or where its rows are `padded`, as many of the longest. What it costs is as even as
+    possible, so that ranks wait little for each other: `costs` of its rows, or where they are padded, its tokens. A row longer than the
+    budget gets a micro-batch of its own.
 
+    rows, tokens, costs: [n] each; costs are integers of any unit (default: tokens).
     most: as many workers as there can be (default: `workers`). The rows that share a micro-batch depend on this number alone, not
     on how many workers are there now: what is computed in low precision rounds the same way before and after a resize.
     """
     most = most or workers
-    assert workers <= most
-    rows = sorted((int(i) for i in step), key=lambda i: (-lengths[i], i))
-    cost, cut = (_padded_cost, _like_bins) if padded else (_cost, _level_bins)
-    rounds = 1
+    assert workers <= most and len(rows) == len(tokens)
+    size = tokens.tolist()
+    price = size if costs is None else costs.tolist()
+    longest_first = sorted(range(len(rows)), key=lambda i: (-size[i], rows[i]))
+    rounds = -(-sum(min(n, budget) for n in size) // (most * budget))  # fewer micro-batches have no room for them
     while True:
-        bins = cut(rows, lengths, most * rounds, budget)
-        if all(len(b) == 1 or cost(b, lengths) <= budget for b in bins):
+        if padded:
+            bins = _like_bins(longest_first, size, most * rounds, budget)
+        else:
+            bins = _level_bins(longest_first, price, most * rounds)
+        if all(len(b) == 1 or _tokens(b, size, padded) <= budget for b in bins):
             break
         rounds += 1
-    dealt = [MicroBatch(tuple(b)) for b in sorted(bins, key=lambda b: -cost(b, lengths))]
-    dealt += [MicroBatch((rows[-1],), filler=True)] * (-len(dealt) % workers)
+    paid = [_tokens(b, size, True) if padded else sum(price[i] for i in b) for b in bins]
+    dearest_first = sorted(range(len(bins)), key=lambda i: -paid[i])
+    dealt = [MicroBatch(tuple(int(rows[i]) for i in bins[b])) for b in dearest_first]
+    dealt += [MicroBatch((int(rows[longest_first[-1]]),), filler=True)] * (-len(dealt) % workers)
     return [dealt[rank::workers] for rank in range(workers)]
 
 
-def _cost(rows: Sequence[int], lengths: np.ndarray) -> int:
-    return int(lengths[list(rows)].sum())
+def costs_of(tokens: np.ndarray, response_tokens: np.ndarray, head_share: float) -> np.ndarray:
+    """What rows cost, in hundredths of what a token costs below the output head, which response tokens alone go through. [n] ×2 → [n]
+
+    head_share: of the head, in tokens (`learner.head_share`).
+    """
+    return np.rint(100 * (tokens + head_share * response_tokens)).astype(np.int64)
 
 
-def _padded_cost(rows: Sequence[int], lengths: np.ndarray) -> int:
-    return int(lengths[list(rows)].max()) * len(rows)
+def _tokens(rows: Sequence[int], size: Sequence[int], padded: bool) -> int:
+    own = [size[i] for i in rows]
+    return max(own) * len(own) if padded else sum(own)
 
 
-def _level_bins(rows: list[int], lengths: np.ndarray, count: int, budget: int) -> list[list[int]]:
-    """At most `count` bins of nearly the same tokens: each row, longest first, goes to the lightest."""
-    bins: list[list[int]] = [[] for _ in range(count)]
-    heap = [(0, i) for i in range(count)]
-    for row in rows:
+def _level_bins(rows: list[int], price: Sequence[int], count: int) -> list[list[int]]:
+    """At most `count` bins of nearly the same cost: each row, dearest first, goes to the cheapest, and then rows are moved between
+    the dearest and the cheapest for as long as that helps."""
+    bins: list[list[int]] = [[] for _ in range(min(count, len(rows)))]
+    heap = [(0, i) for i in range(len(bins))]
+    for row in sorted(rows, key=lambda i: -price[i]):
         load, i = heapq.heappop(heap)
         bins[i].append(row)
-        heapq.heappush(heap, (load + int(lengths[row]), i))
-    return [b for b in bins if b]
+        heapq.heappush(heap, (load + price[row], i))
+    loads = [sum(price[row] for row in b) for b in bins]
+    while True:
+        dear, cheap = loads.index(max(loads)), loads.index(min(loads))
+        move = _move(bins[dear], bins[cheap], price, loads[dear] - loads[cheap])
+        if move is None:
+            return bins
+        given, taken = move
+        for from_, to, moved in ((dear, cheap, given), (cheap, dear, taken)):
+            for row in moved:
+                bins[from_].remove(row)
+                bins[to].append(row)
+                loads[from_] -= price[row]
+                loads[to] += price[row]
 
 
-def _like_bins(rows: list[int], lengths: np.ndarray, count: int, budget: int) -> list[list[int]]:
+def _move(dear: list[int], cheap: list[int], price: Sequence[int], gap: int) -> tuple[list[int], list[int]] | None:
+    """The row to give, and the one to take for it (or none), that leave the two bins closest to each other; None: as they are."""
+    best, move = gap, None
+    for given in dear if len(dear) > 1 else ():
+        for taken in (None, *cheap):
+            left = abs(gap - 2 * (price[given] - (0 if taken is None else price[taken])))
+            if left < best:
+                best, move = left, ([given], [] if taken is None else [taken])
+    return move
+
+
+def _like_bins(rows: list[int], size: Sequence[int], count: int, budget: int) -> list[list[int]]:
     """Cut rows (longest first) into at most `count` bins of like lengths, the dearest bin as cheap as possible."""
-    longest = int(lengths[rows[0]])
+    longest = size[rows[0]]
     # Cheaper than the longest row, or than allowed, gains nothing.
     low, high = min(longest, budget), longest * len(rows)
     while low < high:  # bisection on the cost of a bin
         middle = (low + high) // 2
-        if len(_greedy_bins(rows, lengths, middle)) <= count:
+        if len(_greedy_bins(rows, size, middle)) <= count:
             high = middle
         else:
             low = middle + 1
-    return _greedy_bins(rows, lengths, low)
+    return _greedy_bins(rows, size, low)
 
 
-def _greedy_bins(rows: list[int], lengths: np.ndarray, cost: int) -> list[list[int]]:
+def _greedy_bins(rows: list[int], size: Sequence[int], cost: int) -> list[list[int]]:
     bins, start = [], 0
     while start < len(rows):
-        size = max(1, cost // int(lengths[rows[start]]))
-        bins.append(rows[start : start + size])
-        start += size
+        count = max(1, cost // size[rows[start]])
+        bins.append(rows[start : start + count])
+        start += count
     return bins

@@ -65,7 +65,8 @@ class ScoreRows:
         ids: list[int] = []
         logprobs: list[list[list[float]]] = []
         states: list[bytes] = []
-        for micro in micro_batches(positions, self.rows.lengths, 1, self.budget, self.policy.layout != "flat")[0]:
+        padded = self.policy.layout != "flat"
+        for micro in micro_batches(positions, self.rows.lengths[positions], 1, self.budget, padded)[0]:
             rows = self.rows.take(micro)
             batch = collate(rows)
             out = self.policy(batch.to(self.device))

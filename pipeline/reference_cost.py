@@ -74,7 +74,8 @@ class MeasureCost(ScoreRows):
     @torch.inference_mode()
     def _run(self, positions: list[int]) -> float:
         """Seconds of the trunk's forward over these rows."""
-        dealt = micro_batches(positions, self.rows.lengths, 1, self.budget, self.policy.layout != "flat")[0]
+        padded = self.policy.layout != "flat"
+        dealt = micro_batches(positions, self.rows.lengths[positions], 1, self.budget, padded)[0]
         batches = [collate(self.rows.take(micro)).to(self.device) for micro in dealt]
         started = time.monotonic()
         for batch in batches:

@@ -163,6 +163,11 @@ class Rows:
         """Where the row came from, `file:line`."""
         return _cell(self._table, "source", self._place(position))
 
+    def response_tokens(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Of all responses of each of these rows together. [n]"""
+        responses = self._table.column("response_ids")
+        return np.array([len(responses[self._place(int(i))].values.flatten()) for i in positions], dtype=np.int64)
+
     def take(self, micro: MicroBatch) -> list[Row]:
         """The rows of a micro-batch; those of a filler have weight 0."""
         rows = [self[position] for position in micro.rows]

@@ -9,14 +9,18 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline import checkpoint, learner
-from pipeline.config import ConfigError
+from pipeline.config import ConfigError, ModelConfig
 from pipeline.contracts import Alarm, Needs
+from pipeline.critic import Critic
 from pipeline.driver import fit
 from pipeline.loop import Watch
+from pipeline.model import Policy
 from pipeline.objectives.kto import Kto
 from pipeline.progress import METRICS_FILE, read_metrics
+from pipeline.reward import load_reward_network
 
 EXAMPLES = Path(__file__).parents[1] / "jobs" / "examples"
 DQO = (
@@ -158,3 +162,21 @@ def test_a_bound_that_no_response_reaches_is_warned_of(make_config, caplog: pyte
     config = make_config(*DQO, "objective={name: rejection_sft, min_reward: 99}", "train.max_steps=1")
     fit(config, local=True)
     assert "no response of this step reaches objective.min_reward" in caplog.text
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_heads_share_is_that_of_the_weights_that_a_token_is_multiplied_with(tied: bool) -> None:
+    def policy() -> Policy:
+        shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        return Policy(LlamaForCausalLM(LlamaConfig(vocab_size=97, tie_word_embeddings=tied, **shape)))
+
+    layer = 4 * 16 * 16 + 3 * 16 * 24 + 2 * 16
+    below = 2 * layer + 16
+    assert learner.head_share([policy()]) == pytest.approx(97 * 16 / below)
+    critic = Critic(16, policy().lm.base_model)
+    assert learner.head_share([policy(), critic]) == pytest.approx(97 * 16 / (2 * below + 17))
+
+
+def test_a_reward_model_has_no_head_over_the_vocabulary(tiny_model: Path) -> None:
+    network = load_reward_network(ModelConfig(path=str(tiny_model)), str(tiny_model))
+    assert learner.head_share([network]) == 0

@@ -61,6 +61,8 @@ def test_rows_come_back_in_row_order_with_their_own_reference(tmp_path: Path) ->
         assert found.ref_logprobs == [[-float(found.row_id)] * len(found.response_ids[0]), [-0.5]]
         assert rows.lengths[i] == found.tokens
         assert rows.source(i) == f"f:{found.row_id}"
+    expected = [sum(map(len, rows[i].response_ids)) for i in (3, 0)]
+    assert rows.response_tokens(np.array([3, 0])).tolist() == expected
 
 
 def test_a_filler_has_no_weight(tmp_path: Path) -> None:

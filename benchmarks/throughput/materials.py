@@ -75,8 +75,9 @@ def write_reference_logprobs(task: Task) -> None:
     for step, groups in enumerate(task.groups()):
         rows = [as_row(i, group) for i, group in enumerate(groups)]
         lengths = np.array([row.tokens for row in rows])
+        padded = policy.layout != "flat"
         scored: dict[int, list[list[float]]] = {}
-        for micro in micro_batches(range(len(rows)), lengths, 1, task.workload.token_budget)[0]:
+        for micro in micro_batches(range(len(rows)), lengths, 1, task.workload.token_budget, padded)[0]:
             out = policy(collate([rows[i] for i in micro.rows]))
             for i, logprobs in zip(micro.rows, out.logprobs, strict=True):
                 scored[i] = [logprobs[k, : len(r)].tolist() for k, r in enumerate(rows[i].response_ids)]

@@ -27,7 +27,7 @@ from pipeline.contracts import Batch, Row
 from pipeline.distributed import process_group
 from pipeline.learner import Learner
 from pipeline.loop import train_step
-from pipeline.order import micro_batches
+from pipeline.order import costs_of, micro_batches
 
 
 class Ours:
@@ -74,8 +74,11 @@ class Ours:
         self._stack.close()
 
     def _batches(self, rows: list[Row]) -> list[Batch]:
-        lengths = np.array([row.tokens for row in rows])
-        dealt = micro_batches(range(len(rows)), lengths, self._task.entry.workers, self._task.workload.token_budget)
+        tokens = np.array([row.tokens for row in rows])
+        responses = np.array([sum(map(len, row.response_ids)) for row in rows])
+        costs = costs_of(tokens, responses, self._learner.head_share)
+        workers, budget = self._task.entry.workers, self._task.workload.token_budget
+        dealt = micro_batches(range(len(rows)), tokens, workers, budget, self._learner.padded, costs)
         return [
             collate([replace(rows[i], weight=0.0 if micro.filler else 1.0) for i in micro.rows])
             for micro in dealt[self._task.rank]

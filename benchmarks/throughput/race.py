@@ -24,7 +24,7 @@ from benchmarks.throughput.memory import PeakPss
 from benchmarks.throughput.tasks import Task, expected, write_rows
 from benchmarks.throughput.workloads import AGREEMENT_STEPS, Entry, Workload
 from pipeline.errors import UserError
-from pipeline.heap import HUGE_PAGES
+from pipeline.heap import HUGE_PAGES, ONE_HEAP
 
 WARM_UP = 2
 WATCHED = 3
@@ -215,11 +215,11 @@ def _environment(task: Task) -> dict[str, str]:
     """The same thread count for whatever library counts threads its own way; nothing is looked up in the network."""
     count = str(1 if task.entry.pinned else task.threads)
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), count)
-    pages = HUGE_PAGES if task.entry.contender == "ours" else {}  # as qalign's own workers get it
+    memory = HUGE_PAGES | ONE_HEAP if task.entry.contender == "ours" else {}  # as qalign's own workers get it
     return (
         os.environ
         | threads
-        | pages
+        | memory
         | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
     )
 

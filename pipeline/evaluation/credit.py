@@ -99,7 +99,8 @@ class TokenValues:
         rows = [Row(**fields) for fields in json.loads(item["rows"])]
         lengths = np.array([row.tokens for row in rows])
         found: dict[int, dict[str, Any]] = {}
-        for micro in micro_batches(range(len(rows)), lengths, 1, self.config.train.tokens_per_micro_batch)[0]:
+        budget = self.config.train.tokens_per_micro_batch
+        for micro in micro_batches(range(len(rows)), lengths, 1, budget, padded=True)[0]:
             found |= zip(micro.rows, self._values([rows[i] for i in micro.rows]), strict=True)
         return {"rows": json.dumps([found[i] for i in range(len(rows))])}  # as text: Arrow would turn None into nan
 

@@ -100,7 +100,8 @@ class FactsOfRows:
 
     @torch.no_grad()
     def __call__(self, item: Item) -> Item:
-        dealt = micro_batches(item["positions"], self.rows.lengths, 1, self.config.train.tokens_per_micro_batch)[0]
+        positions, budget = item["positions"], self.config.train.tokens_per_micro_batch
+        dealt = micro_batches(positions, self.rows.lengths[positions], 1, budget, padded=True)[0]
         found = []
         for micro in dealt:
             batch = replace(collate(self.rows.take(micro)), carried=self.carried).to(self.device)
