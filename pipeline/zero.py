@@ -13,14 +13,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.config import RunConfig
+from pipeline.shared_memory import SharedMemory
 
 PERSISTENT_NUMEL = 100_000
 """ZeRO-3 keeps parameters below this size gathered between uses: partitioning them costs more time than it saves memory."""
 BUCKET_NUMEL = 200_000_000
 """Gradient elements reduced at a time, at most."""
+SHARED_BYTES = 2**16
+"""Smaller tensors go through sockets also where processes have memory together: that is as fast."""
 
 
 def settings_of(config: RunConfig, clip: float | None, bf16: bool, device: torch.device, numel: int) -> dict[str, Any]:
@@ -82,4 +85,38 @@ def initialize(policy: nn.Module, optimizer: torch.optim.Optimizer, settings: di
         except ValueError:  # destroyed since: this process has joined another group
             groups._release_process_group_references()
     bf16_optimizer.see_memory_usage = lambda *_, **__: None  # stage 1 in bfloat16 prints a table at every move
-    return deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)[0]
+    engine = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)[0]
+    _talk_through_memory(SharedMemory.open() if device.type == "cpu" and dist.get_world_size() > 1 else None)
+    return engine
+
+
+def _talk_through_memory(memory: SharedMemory | None) -> None:
+    """Have DeepSpeed sum and gather large tensors of the whole group in `memory`; None: all of them through torch.distributed."""
+    from deepspeed.comm import comm
+
+    backend = comm.cdb
+    for name in ("all_reduce", "all_gather_into_tensor"):
+        vars(backend).pop(name, None)  # an earlier group's
+    if memory is None:
+        return
+
+    def fits(tensor: Tensor, group: Any, async_op: bool) -> bool:
+        whole = dist.get_world_size(group) == memory.world
+        large = tensor.numel() * tensor.element_size() >= SHARED_BYTES
+        return whole and large and not async_op and tensor.is_contiguous() and tensor.device.type == "cpu"
+
+    sums, gathers = backend.all_reduce, backend.all_gather_into_tensor
+
+    def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+        if fits(tensor, group, async_op) and backend._reduce_op(op) == dist.ReduceOp.SUM:
+            return memory.all_reduce(tensor)
+        return sums(tensor, op, group, async_op)
+
+    def all_gather_into_tensor(
+        output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False
+    ) -> Any:
+        if fits(input_tensor, group, async_op) and fits(output_tensor, group, async_op):
+            return memory.all_gather(output_tensor, input_tensor)
+        return gathers(output_tensor, input_tensor, group, async_op)
+
+    backend.all_reduce, backend.all_gather_into_tensor = all_reduce, all_gather_into_tensor

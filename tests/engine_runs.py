@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from pipeline import checkpoint, engine, ops, zero
+from pipeline import checkpoint, engine, ops, shared_memory, zero
 from pipeline.config import RunConfig
 from pipeline.config_file import validate
 from pipeline.optimizer import lr_at
@@ -140,6 +140,8 @@ def shrink(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(zero, "PERSISTENT_NUMEL", 0)  # partition every parameter, however small
     patch.setattr(engine, "PART_BYTES", 40_000)  # several files per rank
     patch.setattr(ops, "LOGIT_CHUNK_BYTES", 4 * VOCABULARY * 5)  # five tokens per chunk
+    patch.setattr(zero, "SHARED_BYTES", 0)  # talk through memory, in several pieces
+    patch.setattr(shared_memory, "PIECE", 4096)
 
 
 def work(rank: int, world: int, root: Path, cases: dict[str, dict[str, Any]]) -> None:
