@@ -157,7 +157,7 @@ def test_targets_are_met_from_the_right_side() -> None:
         Target("products", "ours-fp32", None, 0.75),
         Target("products", "ours-fp32", None, 0.76),
     )
-    verdicts = judge(replace(W1, targets=targets), results(products=products), steps=3)
+    verdicts = judge(replace(W1, targets=targets), results(products=products, again=[2.5, 2.0, 9.0]), steps=3)
     assert [v.value for v in verdicts] == [5.0, 5.0, 0.3, 0.3, 0.75, 0.75]
     assert [v.met for v in verdicts] == [True, False, True, False, True, False]
 

@@ -120,10 +120,11 @@ def _agreement(differences: Mapping[str, float], names: tuple[str, str]) -> str:
 
 def _products(result: Result, steps: int) -> str:
     assert result.products is not None
-    found, step = result.products, seconds(result, steps).median
+    found, median = result.products, seconds(result, steps).median
     said = (
         f"{result.entry.name}: {found['calls']} matrix products of {found['distinct']} shapes take {found['seconds']:.3f} s "
-        f"when timed alone, {found['seconds'] / step:.0%} of the step. The dearest:\n\n"
+        f"when timed alone at their best, {found['seconds'] / min(result.again):.0%} of a step of these shapes at its best "
+        f"({min(result.again):.3f} s of {len(result.again)} tries) and {found['seconds'] / median:.0%} of the median step. The dearest:\n\n"
     )
     rows = [
         [p["shape"], p["dtype"].removeprefix("torch."), str(p["calls"]), f"{p['seconds']:.4f}"]
