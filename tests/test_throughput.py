@@ -18,7 +18,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.throughput import __main__ as command
-from benchmarks.throughput import race, report
+from benchmarks.throughput import race, report, startup
 from benchmarks.throughput.memory import PeakPss, peak_resident, reset_peak
 from benchmarks.throughput.pace import Pace
 from benchmarks.throughput.padded import pad, plackett_luce, tdpo, token_logprobs
@@ -338,6 +338,16 @@ def test_the_prepare_page_has_both_ratios() -> None:
     assert "from 100 to 1000 rows: 2.00 ×" in text
 
 
+def test_the_start_up_page_says_where_the_seconds_go() -> None:
+    places = {"ray": 5.0, "found": 9.0, "worker": 11.0, "step": 14.0, "end": 20.0}
+    runs = [places, {place: seconds + 3.0 for place, seconds in places.items()}]
+    text = startup.page(runs)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    assert ["first optimizer step", "15.5", "14.0–17.0", "3.0"] in cells
+    assert "first step at most 15 s after the command: missed" in text
+    assert "met" in startup.page([places])
+
+
 # ------------------------------------------------------------------------------------------------- drills
 
 
@@ -376,6 +386,15 @@ def test_quick_scaling_makes_the_same_update_with_two_workers(tmp_path: Path) ->
     assert max(found["agreement"].values()) < 1e-4
     assert found["targets"][0]["value"] > 0
     assert "2 × 1" in (tmp_path / "scaling.md").read_text()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_one_start_up_comes_by_all_places_in_order(tmp_path: Path) -> None:
+    assert command.main(["startup", "--quick", "--output", str(tmp_path)]) == 0
+    (seconds,) = json.loads((tmp_path / "startup.json").read_text())["runs"]
+    reached = [seconds[place] for place in startup.PLACES]
+    assert reached == sorted(reached) and reached[0] > 0
 
 
 @pytest.mark.ray

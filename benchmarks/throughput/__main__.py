@@ -3,8 +3,9 @@
     python -m benchmarks.throughput [race] --workloads w1 w3 --steps 10 --threads 2
     python -m benchmarks.throughput scaling    two workers of one core each against one
     python -m benchmarks.throughput prepare --rows 100000 1000000    tokenising, against datasets.map
+    python -m benchmarks.throughput startup --steps 5    from the command to the first step, five times
 
-Results land in `--output` as report.md and results.json (scaling and prepare: their own names), with logs and profiles.
+Results land in `--output` as report.md and results.json (scaling, prepare and startup: their own names), with logs and profiles.
 Exit status 1: contenders disagree about log-probs, loss or gradient; 2: something could not be run.
 """
 
@@ -22,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from benchmarks.throughput import prepare, race, report
+from benchmarks.throughput import prepare, race, report, startup
 from benchmarks.throughput.verdicts import agreement, agrees
 from benchmarks.throughput.workloads import SCALING, WORKLOADS, Workload, named
 from pipeline.errors import UserError
@@ -40,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.what == "prepare":
             page, found = prepare.run(options.rows, output, options.quick)
             _write(output, "prepare", f"# Prepare\n\n`{command}`\n\n{report.machine()}\n\n{page}", found)
+            return 0
+        if options.what == "startup":
+            page, found = startup.run(1 if options.quick else options.steps, output)
+            _write(output, "startup", f"# Start-up\n\n`{command}`\n\n{report.machine()}\n\n{page}", found)
             return 0
         names = [SCALING.name] if options.what == "scaling" else options.workloads
         workloads = [named(name, options.quick) for name in names]
@@ -62,10 +67,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("what", nargs="?", choices=["race", "scaling", "prepare"], default="race", help="default: race")
+    add("what", nargs="?", choices=["race", "scaling", "prepare", "startup"], default="race", help="default: race")
     add("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS), help="default: all")
     add("--contenders", nargs="+", metavar="NAME", help="only these, by their names in the report (default: all)")
-    add("--steps", type=int, default=10, help="timed steps of each contender (default: 10)")
+    add("--steps", type=int, default=10, help="timed steps of each contender, or runs of startup (default: 10)")
     add("--threads", type=int, default=os.cpu_count(), help="threads of each contender (default: all cores)")
     add("--rows", type=int, nargs="+", default=[100_000], help="prepare: numbers of rows (default: 100000)")
     add("--output", default="outputs/throughput", help="folder of the report (default: outputs/throughput)")
