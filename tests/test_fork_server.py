@@ -113,7 +113,10 @@ def running(server: ForkServer, folder: Path) -> tuple[subprocess.Popen, psutil.
 
 
 def gone(process: psutil.Process) -> bool:
-    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_a_killed_worker_takes_its_client_along(server, tmp_path):

@@ -171,6 +171,7 @@ def test_a_step_that_is_left_out_changes_nothing(make_config, monkeypatch, caplo
     assert "step 2: the loss is nan" in caplog.text and "left out (train.skip_nan)" in caplog.text
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_stop_the_run(make_config, monkeypatch) -> None:
     config = make_config("train.epochs=2", "train.skip_nan=1")
     poison(monkeypatch, 2, 4, 5)
@@ -263,7 +264,8 @@ def test_sft_then_dpo_from_its_run(make_config) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trained", "asked", "written"), [("bfloat16", "auto", "BF16"), ("float32", "bfloat16", "BF16")]
+    ("trained", "asked", "written"),
+    [("bfloat16", "auto", "BF16"), pytest.param("float32", "bfloat16", "BF16", marks=pytest.mark.slow)],
 )
 def test_the_export_has_the_precision_of_training_unless_another_is_named(make_config, trained, asked, written) -> None:
     settings = (f"model.dtype={trained}", f"checkpoint.export_dtype={asked}", "train.max_steps=1")
@@ -272,6 +274,7 @@ def test_the_export_has_the_precision_of_training_unless_another_is_named(make_c
         assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {written}  # noqa: SIM118 (no mapping)
 
 
+@pytest.mark.slow
 def test_exported_adapters_are_merged(make_config) -> None:
     result = fit(make_config("model.lora={r: 4, alpha: 8}", "optimizer.lr=0.01"), local=True)
     names = load_file(result.export / "model.safetensors").keys()

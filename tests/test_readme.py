@@ -33,6 +33,7 @@ def test_the_two_commands_are_the_makefiles() -> None:
     assert re.search(r"^test:", makefile, flags=re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_every_job_command_runs(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -143,6 +143,7 @@ def test_another_objective_goes_on_from_a_thinking_model(make_config, pairs_file
 # ------------------------------------------------------------------------------------------- refused at once
 
 
+@pytest.mark.slow
 def test_trajectories_without_steps(make_config, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """No steps at all: quarantined, with its reason. One step: nothing to choose from; without that term it trains."""
     empty, single = tmp_path / "empty.jsonl", tmp_path / "single.jsonl"
