@@ -26,7 +26,7 @@ from pipeline.tracking import Tracker
 HELP = __doc__
 
 PROMPTS = {"bfloat16": 160, "float32": 112}
-"""Training prompts by precision: what two cores do in eight minutes with native bfloat16, and without."""
+"""Training prompts by precision: what two cores do in eight minutes with a unit for products of bfloat16, and without."""
 HELD_OUT = 64
 HELD_OUT_COMPLETIONS = 2
 
@@ -82,7 +82,9 @@ def prepare(config: RunConfig, options: argparse.Namespace) -> Setting:
     dtype = str(precision(config.model.dtype)).removeprefix("torch.")
     count = options.prompts or PROMPTS[dtype]
     if options.prompts is None and dtype == "float32":
-        print(f"This processor has no native bfloat16: float32 and {count} instead of {PROMPTS['bfloat16']} prompts.")
+        print(
+            f"This processor has no unit for products of bfloat16: float32 and {count} instead of {PROMPTS['bfloat16']} prompts."
+        )
     model = locate(config.model.path, Path(config.storage) / "cache")
     if not options.local:
         cluster.connect(config)

@@ -33,7 +33,7 @@ from pipeline import checkpoint
 from pipeline.config import OptimizerConfig, RunConfig
 from pipeline.optimizer import adamw, step_count
 from pipeline.pretrained import precision
-from pipeline.zero import initialize, settings_of
+from pipeline.zero import destroy, initialize, settings_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PART_BYTES = 2**29
@@ -166,7 +166,7 @@ class Engine:
         """Release everything that DeepSpeed holds. Neither the engine nor its policy can be used afterwards."""
         from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 
-        self._engine.destroy()
+        destroy(self._engine)
         if self._alone:  # others take it for a launcher's
             os.environ.pop("LOCAL_RANK", None)
         FWD_MODULE_STACK[:] = [m for m in FWD_MODULE_STACK if m is not self.module]  # stage 3 never takes it off

@@ -76,8 +76,8 @@ def load_trained(
 
 
 def _unshared(config: RunConfig) -> RunConfig:
-    """One worker without offload has nothing to share: float32 at stage 0 is spared ZeRO's flat copies, and bfloat16 at stage 1,
-    which like those above sums gradients in float32, buckets of them."""
+    """One worker without offload has nothing to share: at stage 0, float32 is spared ZeRO's flat copies. bfloat16 needs stage 1, which
+    sums gradients in float32, and is spared the buckets of those above."""
     scaling, bf16 = config.scaling, precision(config.model.dtype) == torch.bfloat16
     if dist.get_world_size() > 1 or scaling.offload_optimizer:
         return config

@@ -250,7 +250,7 @@ def _my_batches(
 ) -> list[Batch]:
     """This rank's micro-batches of the chosen rows."""
     tokens, budget = rows.lengths[chosen] + learner.places, config.train.tokens_per_micro_batch
-    costs = costs_of(tokens, rows.response_tokens(chosen), learner.head_share)
+    costs = None if learner.padded else costs_of(tokens, rows.trained_tokens(chosen), learner.head_share)
     world = dist.get_world_size()
     # Ray Train starts no more workers than `most_workers`; other launchers may.
     most = max(world, config.scaling.most_workers)

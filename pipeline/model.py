@@ -259,6 +259,8 @@ def add_lora(lm: nn.Module, lora: LoraSection, task: str = "CAUSAL_LM") -> Any:
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type=task
     )
     try:
-        return peft.get_peft_model(lm, settings)
+        handle = peft.get_peft_model(lm, settings)
     except ValueError as error:
         raise ConfigError(f"model.lora.target_modules: {' '.join(str(error).split())[:200]}") from None
+    widening.attach(lm)  # the adapters
+    return handle

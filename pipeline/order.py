@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 BUCKET_STEPS = 8
 """Steps whose rows are sorted by length together: less padding, while the mix of lengths stays random on a larger scale."""
+ROWS_AT_ONCE = 1024
+"""Rows that are dealt out together; of more (those of an evaluation) the longest come first, then the next."""
 SORT_ROWS = 2**20
 """Rows that are sorted in one call: what sorting takes beside the order itself, some 20 MB."""
 
@@ -126,7 +128,7 @@ def micro_batches(
     """Deal a step's rows out: [workers][n] micro-batches, the same n for every worker.
 
     A micro-batch has at most `budget` tokens, or where its rows are `padded`, as many of the longest. What it costs is as even as
-    possible, so that ranks wait little for each other: `costs` of its rows, or where they are padded, its tokens. A row longer than the
+    possible, so that ranks wait little for each other: `costs` of its rows; where they are padded, its tokens. A row longer than the
     budget gets a micro-batch of its own.
 
     rows, tokens, costs: [n] each; costs are integers of any unit (default: tokens).
@@ -136,17 +138,11 @@ def micro_batches(
     most = most or workers
     assert workers <= most and len(rows) == len(tokens)
     size = tokens.tolist()
-    price = size if costs is None else costs.tolist()
+    price = size if costs is None or padded else costs.tolist()
     longest_first = sorted(range(len(rows)), key=lambda i: (-size[i], rows[i]))
-    rounds = -(-sum(min(n, budget) for n in size) // (most * budget))  # fewer micro-batches have no room for them
-    while True:
-        if padded:
-            bins = _like_bins(longest_first, size, most * rounds, budget)
-        else:
-            bins = _level_bins(longest_first, price, most * rounds)
-        if all(len(b) == 1 or _tokens(b, size, padded) <= budget for b in bins):
-            break
-        rounds += 1
+    bins = []
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        bins += _bins(longest_first[start : start + ROWS_AT_ONCE], size, price, most, budget, padded)
     paid = [_tokens(b, size, True) if padded else sum(price[i] for i in b) for b in bins]
     dearest_first = sorted(range(len(bins)), key=lambda i: -paid[i])
     dealt = [MicroBatch(tuple(int(rows[i]) for i in bins[b])) for b in dearest_first]
@@ -154,12 +150,28 @@ def micro_batches(
     return [dealt[rank::workers] for rank in range(workers)]
 
 
-def costs_of(tokens: np.ndarray, response_tokens: np.ndarray, head_share: float) -> np.ndarray:
-    """What rows cost, in hundredths of what a token costs below the output head, which response tokens alone go through. [n] ×2 → [n]
+def _bins(
+    rows: list[int], size: Sequence[int], price: Sequence[int], most: int, budget: int, padded: bool
+) -> list[list[int]]:
+    """Rows, longest first, as micro-batches within the budget, in as few rounds of `most` as that takes."""
+    rounds = -(-sum(min(size[i], budget) for i in rows) // (most * budget))  # fewer have no room for them
+    while True:
+        count = most * rounds
+        bins = _like_bins(rows, size, count, budget) if padded else _cheapest_first(rows, size, price, count, budget)
+        if all(len(b) == 1 or _tokens(b, size, padded) <= budget for b in bins):
+            break
+        rounds += 1 + rounds // 50
+    if rounds == 1 and not padded:  # over several rounds the differences even out
+        _level(bins, size, price, budget)
+    return bins
+
+
+def costs_of(tokens: np.ndarray, trained_tokens: np.ndarray, head_share: float) -> np.ndarray:
+    """What rows cost, in hundredths of what a token costs below the output head, which trained tokens alone go through. [n] ×2 → [n]
 
     head_share: of the head, in tokens (`learner.head_share`).
     """
-    return np.rint(100 * (tokens + head_share * response_tokens)).astype(np.int64)
+    return np.rint(100 * (tokens + head_share * trained_tokens)).astype(np.int64)
 
 
 def _tokens(rows: Sequence[int], size: Sequence[int], padded: bool) -> int:
@@ -167,38 +179,56 @@ def _tokens(rows: Sequence[int], size: Sequence[int], padded: bool) -> int:
     return max(own) * len(own) if padded else sum(own)
 
 
-def _level_bins(rows: list[int], price: Sequence[int], count: int) -> list[list[int]]:
-    """At most `count` bins of nearly the same cost: each row, dearest first, goes to the cheapest, and then rows are moved between
-    the dearest and the cheapest for as long as that helps."""
+def _cheapest_first(
+    rows: list[int], size: Sequence[int], price: Sequence[int], count: int, budget: int
+) -> list[list[int]]:
+    """At most `count` bins: each row, dearest first, goes to the cheapest that has room, or where none has, to the cheapest."""
     bins: list[list[int]] = [[] for _ in range(min(count, len(rows)))]
+    filled = [0] * len(bins)
     heap = [(0, i) for i in range(len(bins))]
     for row in sorted(rows, key=lambda i: -price[i]):
-        load, i = heapq.heappop(heap)
+        full = []
+        while heap and filled[heap[0][1]] and filled[heap[0][1]] + size[row] > budget:
+            full.append(heapq.heappop(heap))
+        load, i = heapq.heappop(heap) if heap else full.pop(0)
         bins[i].append(row)
-        heapq.heappush(heap, (load + price[row], i))
-    loads = [sum(price[row] for row in b) for b in bins]
+        filled[i] += size[row]
+        for other in (*full, (load + price[row], i)):
+            heapq.heappush(heap, other)
+    return bins
+
+
+def _level(bins: list[list[int]], size: Sequence[int], price: Sequence[int], budget: int) -> None:
+    """Rows change places between the dearest and the cheapest bin for as long as that brings them closer to each other."""
     while True:
+        loads = [sum(price[row] for row in b) for b in bins]
         dear, cheap = loads.index(max(loads)), loads.index(min(loads))
-        move = _move(bins[dear], bins[cheap], price, loads[dear] - loads[cheap])
+        room = [budget - sum(size[row] for row in bins[i]) for i in (dear, cheap)]
+        move = _move(bins[dear], bins[cheap], size, price, loads[dear] - loads[cheap], room)
         if move is None:
-            return bins
-        given, taken = move
-        for from_, to, moved in ((dear, cheap, given), (cheap, dear, taken)):
-            for row in moved:
-                bins[from_].remove(row)
-                bins[to].append(row)
-                loads[from_] -= price[row]
-                loads[to] += price[row]
+            return
+        given, *taken = move
+        bins[dear].remove(given)
+        bins[cheap].append(given)
+        for row in taken:
+            bins[cheap].remove(row)
+            bins[dear].append(row)
 
 
-def _move(dear: list[int], cheap: list[int], price: Sequence[int], gap: int) -> tuple[list[int], list[int]] | None:
-    """The row to give, and the one to take for it (or none), that leave the two bins closest to each other; None: as they are."""
+def _move(
+    dear: list[int], cheap: list[int], size: Sequence[int], price: Sequence[int], gap: int, room: Sequence[int]
+) -> list[int] | None:
+    """The row to give, and perhaps one to take for it, that leave two bins closest to each other; None: they stay as they are.
+
+    gap: between their costs; room: tokens that either has left.
+    """
     best, move = gap, None
-    for given in dear if len(dear) > 1 else ():
-        for taken in (None, *cheap):
-            left = abs(gap - 2 * (price[given] - (0 if taken is None else price[taken])))
-            if left < best:
-                best, move = left, ([given], [] if taken is None else [taken])
+    for given in dear if gap and len(dear) > 1 else ():
+        for taken in ([], *([row] for row in cheap)):
+            more = size[given] - sum(size[row] for row in taken)  # tokens for the cheap one
+            left = abs(gap - 2 * (price[given] - sum(price[row] for row in taken)))
+            if left < best and -room[0] <= more <= room[1]:
+                best, move = left, [given, *taken]
     return move
 
 

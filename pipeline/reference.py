@@ -99,7 +99,9 @@ def folder_of(config: RunConfig, rows_folder: Path, model: str, kind: str) -> Pa
     """Where what `model` says of these rows is, or will be."""
     cache = Path(config.storage) / "cache"
     dtype = str(precision(config.model.dtype))
-    key = digest(1, rows_folder.name, fingerprint(model, cache), dtype, config.model.attention)
+    # A change of what some precision computes changes its number.
+    arithmetic = {"torch.bfloat16": 2}.get(dtype, 1)
+    key = digest(arithmetic, rows_folder.name, fingerprint(model, cache), dtype, config.model.attention)
     return cache / f"{kind}-{key}"
 
 

@@ -163,10 +163,15 @@ class Rows:
         """Where the row came from, `file:line`."""
         return _cell(self._table, "source", self._place(position))
 
-    def response_tokens(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Of all responses of each of these rows together. [n]"""
-        responses = self._table.column("response_ids")
-        return np.array([len(responses[self._place(int(i))].values.flatten()) for i in positions], dtype=np.int64)
+    def trained_tokens(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Of all responses of each of these rows together: those that are the policy's. [n]"""
+        responses, trained = self._table.column("response_ids"), self._table.column("trained")
+
+        def count(place: int) -> int:
+            mask = trained[place]
+            return mask.values.flatten().true_count if mask.is_valid else len(responses[place].values.flatten())
+
+        return np.array([count(self._place(int(i))) for i in positions], dtype=np.int64)
 
     def take(self, micro: MicroBatch) -> list[Row]:
         """The rows of a micro-batch; those of a filler have weight 0."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from pipeline.distributed import agree
 
 FOLDER = Path("/dev/shm")  # noqa: S108  # names in it are random, and nobody else may read them
-PIECE = 8 * 2**20
+PIECE = 4 * 2**20
 """Bytes that a process tells the others at a time; it maps twice as many for each of them."""
 logger = logging.getLogger(__name__)
 
@@ -43,12 +43,15 @@ class SharedMemory:
     def open(cls) -> SharedMemory | None:
         """None, on all ranks alike, where they are on several machines or the system gives no such memory. Collective."""
         size = 2 * PIECE * dist.get_world_size()
-        path = agree(_create(size) if dist.get_rank() == 0 else None)
-        memory = None if path is None else _map(path, size)
-        everywhere = torch.tensor(memory is not None, dtype=torch.int32)
-        dist.all_reduce(everywhere, dist.ReduceOp.MIN)
-        if dist.get_rank() == 0 and path is not None:
-            path.unlink()  # the memory stays for as long as somebody has it mapped, and no longer
+        own = _create(size) if dist.get_rank() == 0 else None
+        try:
+            path = agree(own)
+            memory = None if path is None else _map(path, size)
+            everywhere = torch.tensor(memory is not None, dtype=torch.int32)
+            dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+        finally:
+            if own is not None:
+                own.unlink()  # the memory stays for as long as somebody has it mapped, and no longer
         return cls(memory) if memory is not None and everywhere else None
 
     def all_reduce(self, tensor: Tensor) -> None:
@@ -94,19 +97,18 @@ def _create(size: int) -> Path | None:
     path = FOLDER / f"qalign-{secrets.token_hex(16)}"
     try:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        try:
+            # Later would be too late: a process that writes into memory that is not there dies.
+            os.posix_fallocate(handle, 0, size)
+        except OSError:
+            path.unlink()
+            raise
+        finally:
+            os.close(handle)
     except OSError as error:
-        logger.debug("%s: %s; processes talk through sockets", path, error)
+        need = f"{size / 2**20:.0f} MiB"
+        logger.warning("%s: %s; workers of one machine talk through sockets, with %s there faster", FOLDER, error, need)
         return None
-    try:
-        os.posix_fallocate(
-            handle, 0, size
-        )  # later would be too late: a process that writes beyond the room there is dies
-    except OSError as error:
-        logger.debug("%s: %s; processes talk through sockets", path, error)
-        path.unlink()
-        return None
-    finally:
-        os.close(handle)
     return path
 
 

@@ -4,7 +4,8 @@ Where there is none, torch multiplies bfloat16 at two thirds of float32's speed 
 A product of two bfloat16 numbers is exact in float32, and its sums are float32 in either case: what is widened, multiplied and
 rounded at the end differs by the order of a sum.
 
-Left out: other devices and processors, and products of few rows, which cost what reading their weights costs.
+Left out: other devices and processors, weights that ZeRO-3 partitioned, and products of few rows, which cost what reading their
+weights costs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 FEW = 32
-"""Rows from which on a product is widened: below, as in decoding, it would read its weights three times instead of once."""
+"""Rows from which on a product is widened: below, as in decoding, it would read its weights three times instead of once. An output
+head's always is: what a row's log-probs are must not depend on how many there are beside it."""
 
 
 def attach(lm: nn.Module) -> None:
@@ -53,7 +55,9 @@ class _Widened:
 
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = self._module.weight, self._module.bias
-        if not (widens(x) and widens(weight)) or x.shape[:-1].numel() < FEW:
+        few = self._rounds and x.shape[:-1].numel() < FEW
+        # DeepSpeed's own function gathers what ZeRO-3 partitioned again before the backward pass.
+        if few or not (widens(x) and widens(weight)) or hasattr(weight, "ds_id"):
             return nn.Linear.forward(self._module, x)
         return _Linear.apply(x, weight, bias, self._rounds)
 

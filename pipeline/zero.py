@@ -85,27 +85,39 @@ def initialize(policy: nn.Module, optimizer: torch.optim.Optimizer, settings: di
         except ValueError:  # destroyed since: this process has joined another group
             groups._release_process_group_references()
     bf16_optimizer.see_memory_usage = lambda *_, **__: None  # stage 1 in bfloat16 prints a table at every move
+    _talk_through_sockets()
     engine = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)[0]
-    _talk_through_memory(SharedMemory.open() if device.type == "cpu" and dist.get_world_size() > 1 else None)
+    if device.type == "cpu" and dist.get_world_size() > 1:
+        memory = SharedMemory.open()
+        if memory is not None:
+            _talk_through(memory)
     return engine
 
 
-def _talk_through_memory(memory: SharedMemory | None) -> None:
-    """Have DeepSpeed sum and gather large tensors of the whole group in `memory`; None: all of them through torch.distributed."""
+def destroy(engine: Any) -> None:
+    """Release what the engine holds, and the memory that its processes had together."""
+    _talk_through_sockets()
+    engine.destroy()
+
+
+def _talk_through_sockets() -> None:
+    from deepspeed.comm import comm
+
+    for name in ("all_reduce", "all_gather_into_tensor") if comm.cdb is not None else ():
+        vars(comm.cdb).pop(name, None)
+
+
+def _talk_through(memory: SharedMemory) -> None:
+    """Have DeepSpeed sum and gather large tensors of the whole group in `memory`, all others through torch.distributed."""
     from deepspeed.comm import comm
 
     backend = comm.cdb
-    for name in ("all_reduce", "all_gather_into_tensor"):
-        vars(backend).pop(name, None)  # an earlier group's
-    if memory is None:
-        return
+    sums, gathers = backend.all_reduce, backend.all_gather_into_tensor
 
     def fits(tensor: Tensor, group: Any, async_op: bool) -> bool:
         whole = dist.get_world_size(group) == memory.world
         large = tensor.numel() * tensor.element_size() >= SHARED_BYTES
         return whole and large and not async_op and tensor.is_contiguous() and tensor.device.type == "cpu"
-
-    sums, gathers = backend.all_reduce, backend.all_gather_into_tensor
 
     def all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
         if fits(tensor, group, async_op) and backend._reduce_op(op) == dist.ReduceOp.SUM:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -94,11 +95,21 @@ def test_a_row_costs_its_tokens_and_its_responses_pass_through_the_head() -> Non
 
 
 def test_many_rows_are_dealt_out_in_no_time() -> None:
-    """Those of an evaluation come at once."""
-    lengths = np.random.default_rng(0).lognormal(5, 0.6, 20_000).astype(int) + 1
-    dealt = micro_batches(range(20_000), lengths, 1, 4096, padded=False)[0]
-    assert sum(len(m.rows) for m in dealt) == 20_000
-    assert len(dealt) < 1.01 * lengths.sum() / 4096 + 1
+    """Those of an evaluation come at once. What long rows leave in a micro-batch, short ones fill."""
+    rng = np.random.default_rng(0)
+    lengths = rng.lognormal(5, 0.6, 50_000).astype(int) + 1
+    costs = costs_of(lengths, lengths * rng.uniform(0.1, 0.9, 50_000), head_share=0.4)
+    dealt = micro_batches(range(50_000), lengths, 1, 4096, False, costs)[0]
+    assert sum(len(m.rows) for m in dealt) == 50_000
+    assert len(dealt) < 1.05 * lengths.sum() / 4096 + 1
+
+
+@pytest.mark.parametrize("head_share", [0.0, 0.4, 4.0])
+def test_dear_rows_do_not_drive_cheap_ones_out_of_the_budget(head_share: float) -> None:
+    for long, short in (((5000, 1, 1), (1000, 900, 64)), ((3900, 50, 4), (500, 450, 120))):
+        tokens, responses = (np.array([long[k]] * long[2] + [short[k]] * short[2]) for k in (0, 1))
+        dealt = micro_batches(range(len(tokens)), tokens, 1, 4096, False, costs_of(tokens, responses, head_share))[0]
+        assert len(dealt) < 1.1 * tokens.sum() / 4096
 
 
 @given(lengths, st.integers(0, 5), st.integers(0, 5), st.integers(1, 9))

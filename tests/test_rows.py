@@ -62,7 +62,7 @@ def test_rows_come_back_in_row_order_with_their_own_reference(tmp_path: Path) ->
         assert rows.lengths[i] == found.tokens
         assert rows.source(i) == f"f:{found.row_id}"
     expected = [sum(map(len, rows[i].response_ids)) for i in (3, 0)]
-    assert rows.response_tokens(np.array([3, 0])).tolist() == expected
+    assert rows.trained_tokens(np.array([3, 0])).tolist() == expected
 
 
 def test_a_filler_has_no_weight(tmp_path: Path) -> None:
@@ -145,3 +145,9 @@ def test_shares_set_the_mix_and_what_is_left_out_is_counted(tmp_path: Path) -> N
     assert split.left_out == 24
     assert split.train.tolist() == rows.split(config, seed=0).train.tolist()
     assert split.train.tolist() != rows.split(config, seed=1).train.tolist()
+
+
+def test_the_environments_tokens_are_not_counted_as_trained(tmp_path: Path) -> None:
+    masked = row(1) | {"response_ids": [[5, 6, 7], [8]], "trained": [[True, False, True], [False]]}
+    rows = Rows(write(tmp_path / "rows", [masked, row(2)]))
+    assert rows.trained_tokens([1, 0]).tolist() == [sum(map(len, rows[1].response_ids)), 2]

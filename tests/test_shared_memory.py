@@ -27,11 +27,13 @@ def drawn(size: int, dtype: torch.dtype, rank: int) -> torch.Tensor:
 def exchange(rank: int, root: Path) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(str(root / "store"), WORLD), rank=rank, world_size=WORLD)
     shared_memory.PIECE = 400
-    before = set(shared_memory.FOLDER.glob("qalign-*"))
+    made: list[Path] = []
+    create = shared_memory._create
+    shared_memory._create = lambda size: made.append(create(size)) or made[-1]  # type: ignore[func-returns-value]
     memory = SharedMemory.open()
     assert memory is not None
-    dist.barrier()
-    assert set(shared_memory.FOLDER.glob("qalign-*")) <= before, "its file is gone as soon as all have it"
+    assert len(made) == (rank == 0)
+    assert not any(path.exists() for path in made), "its file is gone as soon as all have it"
     for _ in range(3):
         for size in SIZES:
             for dtype in (torch.float32, torch.bfloat16, torch.float64):
@@ -52,8 +54,8 @@ def exchange(rank: int, root: Path) -> None:
     if rank == 1:
         shared_memory._map = lambda path, size: None  # as on another machine
     assert SharedMemory.open() is None
-    dist.barrier()
-    assert set(shared_memory.FOLDER.glob("qalign-*")) <= before
+    assert len(made) == 2 * (rank == 0)
+    assert not any(path.exists() for path in made)
     dist.destroy_process_group()
 
 

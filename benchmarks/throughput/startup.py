@@ -86,7 +86,7 @@ def _measure(folder: Path, config: Path, name: str, log: Path) -> dict[str, floa
                 seconds["found"] = now
             time.sleep(POLL)
         seconds["end"] = time.time() - started
-    for line in _rank_log(folder, name):
+    for line in [] if process.returncode else _rank_log(folder, name):
         key = {"start": "worker", "step": "step"}.get(line["event"])
         if key is not None:
             seconds.setdefault(key, datetime.fromisoformat(line["time"]).timestamp() - started)
