@@ -85,7 +85,9 @@ def _run(
 ) -> dict[str, Result]:
     total = rounds(steps) + WATCHED
     write_rows(folder, workload, rounds(steps), steps, WATCHED)
-    tasks = {e.name: Task(str(folder), workload.name, e.name, total, threads, quick) for e in workload.entries}
+    tasks = {
+        e.name: Task(str(folder), workload.name, e.name, total, e.threads(threads), quick) for e in workload.entries
+    }
     _write_materials(workload, tasks, output)
     rows = tasks[workload.entries[0].name].groups()
     with ExitStack() as stack:
@@ -217,7 +219,7 @@ def refuse_other_rows(name: str, answers: Sequence[dict[str, Any]], rows: Sequen
 
 def _environment(task: Task) -> dict[str, str]:
     """The same thread count for whatever library counts threads its own way; nothing is looked up in the network."""
-    count = str(1 if task.entry.pinned else task.threads)
+    count = str(task.threads)
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), count)
     memory = HUGE_PAGES | ONE_HEAP if task.entry.contender == "ours" else {}  # as qalign's own workers get it
     return (

@@ -64,7 +64,7 @@ def _contenders(workload: Workload, results: Mapping[str, Result], steps: int, t
                 _precision(result),
                 "yes" if entry.checkpointing else "no",
                 entry.reference,
-                f"{entry.workers} × {1 if entry.pinned else threads}",
+                f"{entry.workers} × {entry.threads(threads)}",
                 f"{spread.median:.3f}",
                 f"{spread.low:.3f}–{spread.high:.3f}",
                 f"{workload.groups_per_step / spread.median:.2f}",

@@ -73,6 +73,10 @@ class Entry:
     apart: bool = False  # workers that share nothing, each with its part of the rows
     always_zero: bool = False  # ZeRO also where one worker has nobody to share with; qalign leaves it out there
 
+    def threads(self, given: int) -> int:
+        """Of each worker: as many as its core, or as all are given."""
+        return 1 if self.pinned else given
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
