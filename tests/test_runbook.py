@@ -35,6 +35,7 @@ def test_messages_are_those_of_the_code() -> None:
         "continuing at step ",
         "the loss is ",
         "the node of rank ",
+        "workers of one machine talk through sockets",
     ):
         assert message.strip() in TEXT, message
         assert message in CODE, message
