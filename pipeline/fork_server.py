@@ -21,10 +21,10 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 MODULES = (
     "transformers.modeling_utils",
@@ -163,7 +163,8 @@ class Server:
             self._leave()
             _close(worker.files)
             enter(worker)
-            load(self.job_modules)
+            with _ids_by_chance(self.job_modules):
+                load(self.job_modules)
             return Server(address, listener, lifeline, (), of_job=True)
         listener.close()
         os.close(lifeline)
@@ -227,6 +228,31 @@ def load(modules: Sequence[str]) -> None:
         sys.modules["pipeline.zero"].import_deepspeed()  # which the engine imports late, and in its own way
     gc.collect()
     gc.freeze()  # no collection touches, and so copies, the memory that forks share
+
+
+@contextlib.contextmanager
+def _ids_by_chance(modules: Sequence[str]) -> Iterator[None]:
+    """Keep Ray's C++ generator unused while its modules are imported.
+
+    At its first use it takes a seed from the system, once in a process, and what it draws in all threads follows from that: forks of
+    a process that has used it draw the same ids as each other, and two tasks with one id end a Ray worker. Each actor class draws one.
+    """
+    if not any(name.partition(".")[0] == "ray" for name in modules):
+        yield
+        return
+    actor = importlib.import_module("ray.actor")
+    own = actor.ActorClassID
+
+    class ActorClassID:
+        @staticmethod
+        def from_random() -> Any:
+            return own(os.urandom(own.size()))
+
+    actor.ActorClassID = ActorClassID
+    try:
+        yield
+    finally:
+        actor.ActorClassID = own
 
 
 def enter(worker: Worker) -> None:

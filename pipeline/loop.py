@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -185,7 +185,7 @@ def _train(
     watch = Watch(config.objective, saver.metrics, config.train.skip_nan)
     log = MetricsFile(job.run / METRICS_FILE, saver.step, config.checkpoint.patience) if rank == 0 else None
     try:
-        with saver:
+        with _closed(learner), saver:
             for step in range(saver.step, plan.total_steps):
                 saver.poll()
                 metrics = _step(job, learner, rows, split, plan, step, watch)
@@ -203,9 +203,20 @@ def _train(
                 if stop is not None and agree(rank == 0 and stop()):
                     break
     finally:
-        learner.close()
         if log is not None:
             log.close()
+
+
+@contextmanager
+def _closed(learner: Learner) -> Iterator[None]:
+    """Close it in the end. Where training failed, that error is told: what broke it, a lost peer, say, often breaks closing, too."""
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):
+            learner.close()
+        raise
+    learner.close()
 
 
 def _news(before: Mapping[str, Any] | None, step: int) -> str | None:

@@ -226,3 +226,25 @@ def test_the_server_ends_with_its_parent_and_its_last_worker(tmp_path):
     parent.stdin.write("end\n")
     parent.stdin.close()
     assert wait_for(lambda: all(gone(process) for process in processes))
+
+
+@pytest.mark.slow
+def test_rays_ids_differ_from_fork_to_fork(tmp_path):
+    """In the first thread and in others: two ranks' tasks with one id would end the actor that both ask."""
+    server = ForkServer({}, ["colorsys"])
+    script = tmp_path / "draw.py"
+    script.write_text(
+        "import sys, threading\n"
+        "assert 'ray.train.torch' in sys.modules\n"
+        "import ray, ray.actor\n"
+        "assert ray.actor.ActorClassID is ray.ActorClassID\n"
+        "draw = lambda: print(ray.ObjectRef.from_random().hex(), flush=True)\n"
+        "draw()\n"
+        "thread = threading.Thread(target=draw); thread.start(); thread.join()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "RAY_JOB_ID": "01"}
+    drawn = [start(server, script, env=environment).communicate(timeout=60)[0].split() for _ in range(3)]
+    server.close()
+    server._process.wait(10)
+    assert [len(ids) for ids in drawn] == [2, 2, 2]
+    assert len({one for ids in drawn for one in ids}) == 6

@@ -284,3 +284,14 @@ def test_exported_adapters_are_merged(make_config) -> None:
     moved = [name for name in base if not torch.equal(base[name], exported[name])]
     assert moved
     assert all("_proj" in name for name in moved)
+
+
+def test_the_error_that_broke_training_is_told_and_not_that_of_closing() -> None:
+    class Broken:
+        def close(self) -> None:
+            raise AssertionError("there is no process group")
+
+    with pytest.raises(RuntimeError, match="closed by peer"), loop._closed(Broken()):
+        raise RuntimeError("closed by peer")
+    with pytest.raises(AssertionError, match="no process group"), loop._closed(Broken()):
+        pass

@@ -70,12 +70,19 @@ def _parser() -> argparse.ArgumentParser:
     add("what", nargs="?", choices=["race", "scaling", "prepare", "startup"], default="race", help="default: race")
     add("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS), help="default: all")
     add("--contenders", nargs="+", metavar="NAME", help="only these, by their names in the report (default: all)")
-    add("--steps", type=int, default=10, help="timed steps of each contender, or runs of startup (default: 10)")
-    add("--threads", type=int, default=os.cpu_count(), help="threads of each contender (default: all cores)")
-    add("--rows", type=int, nargs="+", default=[100_000], help="prepare: numbers of rows (default: 100000)")
+    add("--steps", type=_positive, default=10, help="timed steps of each contender, or runs of startup (default: 10)")
+    add("--threads", type=_positive, default=os.cpu_count(), help="threads of each contender (default: all cores)")
+    add("--rows", type=_positive, nargs="+", default=[100_000], help="prepare: numbers of rows (default: 100000)")
     add("--output", default="outputs/throughput", help="folder of the report (default: outputs/throughput)")
     add("--quick", action="store_true", help="a tiny model and two timed steps: shows that everything runs")
     return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
 
 
 def _check(workloads: Sequence[Workload]) -> None:
