@@ -221,7 +221,7 @@ def _environment(task: Task) -> dict[str, str]:
     """The same thread count for whatever library counts threads its own way; nothing is looked up in the network."""
     count = str(task.threads)
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), count)
-    memory = HUGE_PAGES | ONE_HEAP if task.entry.contender == "ours" else {}  # as qalign's own workers get it
+    memory = HUGE_PAGES | ONE_HEAP if task.entry.contender == "ours" else {}  # as qalign's own workers have it
     return (
         os.environ
         | threads
