@@ -40,6 +40,7 @@ def load_networks(
 ) -> tuple[Policy | RewardNetwork, Critic | None]:
     """The networks that the objective asks for, from the weights at `model`; `frozen` holds the reference's, whose states
     come with each batch where they are `cached`."""
+    torch.manual_seed(config.seed)  # what starts with random weights, adapters above all, is a function of it alone
     needs = config.objective.needed()
     if needs.model == "reward":
         return load_reward_network(config.model, model), None

@@ -4,8 +4,7 @@ Where there is none, torch multiplies bfloat16 at two thirds of float32's speed 
 A product of two bfloat16 numbers is exact in float32, and its sums are float32 in either case: what is widened, multiplied and
 rounded at the end differs by the order of a sum.
 
-Left out: other devices and processors, weights that ZeRO-3 partitioned, and products of few rows, which cost what reading their
-weights costs.
+Left out: other devices and processors, and products of few rows, which cost what reading their weights costs.
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ class _Widened:
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = self._module.weight, self._module.bias
         few = self._rounds and x.shape[:-1].numel() < FEW
-        # DeepSpeed's own function gathers what ZeRO-3 partitioned again before the backward pass.
-        if few or not (widens(x) and widens(weight)) or hasattr(weight, "ds_id"):
+        if few or not (widens(x) and widens(weight)):
             return nn.Linear.forward(self._module, x)
         return _Linear.apply(x, weight, bias, self._rounds)
 
@@ -67,7 +65,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, rounds: bool) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x, weight)  # the parameter itself: ZeRO-3 fills it again before the backward pass
         out = nn.functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
         return out.to(x.dtype) if rounds else out
 

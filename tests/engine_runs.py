@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from pipeline import checkpoint, engine, ops, shared_memory, zero
+from pipeline import checkpoint, engine, ops, shared_memory, widening, zero
 from pipeline.config import RunConfig
 from pipeline.config_file import validate
 from pipeline.optimizer import lr_at
@@ -58,6 +58,7 @@ class Tiny(nn.Module):
         self.lm = LlamaForCausalLM(
             LlamaConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, tie_word_embeddings=tie, **shape)
         )
+        widening.attach(self.lm)
         self.bias = nn.Parameter(torch.zeros(1))  # fewer elements than ranks
 
     def forward(self, ids: Tensor) -> Out:
@@ -142,6 +143,8 @@ def shrink(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ops, "LOGIT_CHUNK_BYTES", 4 * VOCABULARY * 5)  # five tokens per chunk
     patch.setattr(zero, "SHARED_BYTES", 0)  # talk through memory, in several pieces
     patch.setattr(shared_memory, "PIECE", 4096)
+    patch.setattr(widening, "FEW", 1)  # bfloat16's products in float32, whatever processor this is
+    patch.setattr(widening, "_no_matrix_unit", lambda: True)
 
 
 def work(rank: int, world: int, root: Path, cases: dict[str, dict[str, Any]]) -> None:

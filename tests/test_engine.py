@@ -185,6 +185,16 @@ def test_micro_batches_add_up_in_bfloat16(stage: int, alone: Path) -> None:
     assert cut["losses"] == pytest.approx(whole["losses"], rel=0.01)
 
 
+@pytest.mark.parametrize("frozen", [None, "mlp", "lm."])
+def test_widened_products_of_partitioned_weights(frozen: str | None, alone: Path) -> None:
+    """Of frozen ones as well, in layers between which a gradient passes, or with nothing but a bias left to learn."""
+    whole, parted = (train(config(stage, "bfloat16", clip=None), frozen=frozen) for stage in (1, 3))
+    assert parted["losses"] == pytest.approx(whole["losses"], abs=1e-6)
+    assert parted["norms"] == pytest.approx(whole["norms"], rel=1e-3)
+    for name, tensor in whole["weights"].items():
+        torch.testing.assert_close(parted["weights"][name], tensor, atol=1e-6, rtol=0, msg=name)
+
+
 @pytest.mark.slow
 def test_tied_embeddings_under_zero_3(one: dict[str, Any], two: dict[str, Any]) -> None:
     assert not any("lm_head" in name for name in two["tied"]["weights"])

@@ -93,6 +93,17 @@ def test_other_stages_and_a_value_head_train_the_same_policy_at_first(
         assert second[-1]["loss"] == pytest.approx(first[-1]["loss"], rel=1e-3)
 
 
+def test_new_adapters_follow_from_the_seed(make_config) -> None:
+    def adapter(seed: int) -> torch.Tensor:
+        torch.rand(seed + 1)  # whatever was drawn before
+        config = make_config("model.lora={r: 2}", f"seed={seed}")
+        weights = dict(learner.load_networks(config, config.model.path, None)[0].named_parameters())
+        return next(tensor for name, tensor in weights.items() if "lora_A" in name).detach()
+
+    assert torch.equal(adapter(1), adapter(1))
+    assert not torch.equal(adapter(1), adapter(2))
+
+
 def test_one_worker_shares_nothing(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
     def stage(workers: int, *overrides: str) -> int:
         monkeypatch.setattr(dist, "get_world_size", lambda: workers)
