@@ -117,7 +117,7 @@ def sample(tokenizer: Any, rendered: Rendered, kind: str) -> list[str]:
 def _workers(scaling: ScalingConfig) -> str:
     """How many, in words; an elastic run needs most memory per worker where it has the fewest."""
     if not scaling.elastic:
-        return f"{scaling.workers} workers"
+        return "one worker" if scaling.workers == 1 else f"{scaling.workers} workers"
     return f"with {scaling.least_workers} of at most {scaling.most_workers} workers"
 
 
@@ -133,6 +133,7 @@ def memory(config: RunConfig, model: str, lengths: list[int]) -> list[str]:
     from pipeline.estimate import state_bytes
     from pipeline.ops import LOGIT_CHUNK_BYTES
     from pipeline.pretrained import precision
+    from pipeline.zero import unshared
 
     settings = AutoConfig.from_pretrained(model, trust_remote_code=config.model.trust_remote_code)
     with torch.device("meta"):
@@ -145,12 +146,11 @@ def memory(config: RunConfig, model: str, lengths: list[int]) -> list[str]:
     frozen_lm = prior > 0 and config.latent.backbone == "frozen" and config.model.lora is None
     total = prior + sum(p.numel() for p in lm.parameters())
     trained = prior + sum(p.numel() for p in lm.parameters() if p.requires_grad and not frozen_lm)
-    stage, workers = config.scaling.zero_stage, config.scaling.least_workers
+    workers = config.scaling.least_workers
+    stage = unshared(config, workers).scaling.zero_stage
     size = torch.finfo(precision(config.model.dtype)).bits // 8
     offload = config.scaling.offload_optimizer
-    state = state_bytes(
-        total, trained, size, 0 if workers == 1 and size == 4 and not offload else stage, workers, offload
-    )
+    state = state_bytes(total, trained, size, stage, workers, offload)
     text = settings.get_text_config()
     tokens = min(config.train.tokens_per_micro_batch, sum(sorted(lengths)[-config.train.rows_per_step :]) or 1)
     per_token = (4 if config.model.activation_checkpointing else 16) * size * text.hidden_size * text.num_hidden_layers

@@ -1,6 +1,6 @@
 """What learns in a run: the policy, and the critic where the objective has one, behind the calls of one engine.
 
-    learner = Learner.start(job, device, resume)
+    learner = Learner.start(config, model, frozen, device, resume)
     out = learner(batch);  learner.backward(losses, last=…)  per micro-batch;  learner.step(step, total)  per optimizer step
 
 Both are updated from the same forward: values and log-probs are those from before the step.
@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.config import ConfigError, RunConfig
@@ -26,9 +25,9 @@ from pipeline.critic import CRITIC, Critic, load_critic, load_trained_critic
 from pipeline.engine import Engine
 from pipeline.model import Policy, load_policy
 from pipeline.optimizer import lr_at
-from pipeline.pretrained import precision
 from pipeline.reward import RewardNetwork, load_reward_network
 from pipeline.thinker import new_prior
+from pipeline.trunk import pads
 
 
 def _nothing() -> None:
@@ -76,16 +75,6 @@ def load_trained(
     return partial(forward, policy, critic)
 
 
-def _unshared(config: RunConfig) -> RunConfig:
-    """One worker without offload has nothing to share: at stage 0, float32 is spared ZeRO's flat copies. bfloat16 needs stage 1, which
-    sums gradients in float32, and is spared the buckets of those above."""
-    scaling, bf16 = config.scaling, precision(config.model.dtype) == torch.bfloat16
-    if dist.get_world_size() > 1 or scaling.offload_optimizer:
-        return config
-    stage = min(scaling.zero_stage, 1 if bf16 else 0)
-    return config.model_copy(update={"scaling": scaling.model_copy(update={"zero_stage": stage})})
-
-
 def head_share(networks: Sequence[nn.Module]) -> float:
     """What the output head costs at a token, where everything below it costs 1: by the weights that are multiplied with.
 
@@ -119,7 +108,7 @@ class Learner:
         self.device: torch.device = policy.device
         networks = [engine.module for engine in (policy, critic) if engine is not None]
         self.places: int = getattr(policy.module, "places", 0)  # tokens that the policy puts into every row
-        self.padded: bool = any(network.layout != "flat" for network in networks)
+        self.padded: bool = any(pads(network.layout) for network in networks)
         self.head_share: float = head_share(networks)
         self.beat: Callable[[], None] = _nothing
         """Called whenever some work is done: what a watchdog listens to."""
@@ -138,7 +127,6 @@ class Learner:
     ) -> Learner:
         """Load the networks and go on from the checkpoint `resume`, if there is one; the others: as `load_networks`."""
         network, critic = load_networks(config, model, frozen, cached)
-        config = _unshared(config)
         if isinstance(network, Policy):
             network.place(device)
         policy = Engine(network, config, device, resume)

@@ -39,6 +39,7 @@ from pipeline.rows import Rows, Split
 from pipeline.run_log import RunLog, last_start
 from pipeline.saver import Saver
 from pipeline.watchdog import Watchdog
+from pipeline.zero import unshared
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +181,8 @@ def _train(
     if rank == 0 and (news := _news(last_start(job.run), saver.step)):
         tell(job.run, news)
     events.start(next_attempt(job.run) - 1, saver.step, plan.total_steps)
-    learner = Learner.start(config, job.model, job.frozen, device, saver.resume, cached=job.states is not None)
+    own = unshared(config, dist.get_world_size())
+    learner = Learner.start(own, job.model, job.frozen, device, saver.resume, cached=job.states is not None)
     learner.beat = beat
     watch = Watch(config.objective, saver.metrics, config.train.skip_nan)
     log = MetricsFile(job.run / METRICS_FILE, saver.step, config.checkpoint.patience) if rank == 0 else None

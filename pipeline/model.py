@@ -9,6 +9,7 @@ Left out: where weights come from (`pretrained`), how they are trained (`engine`
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -259,7 +260,9 @@ def add_lora(lm: nn.Module, lora: LoraSection, task: str = "CAUSAL_LM") -> Any:
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type=task
     )
     try:
-        handle = peft.get_peft_model(lm, settings)
+        with warnings.catch_warnings():  # peft reads it under its old name
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            handle = peft.get_peft_model(lm, settings)
     except ValueError as error:
         raise ConfigError(f"model.lora.target_modules: {' '.join(str(error).split())[:200]}") from None
     widening.attach(lm)  # the adapters

@@ -27,6 +27,7 @@ from pipeline.order import micro_batches, position_type
 from pipeline.pretrained import load_config, precision
 from pipeline.rows import MANIFEST, Rows, finish, is_finished, part_of, write_part
 from pipeline.stage import Item, Resources, run_stage
+from pipeline.trunk import pads
 
 PIECE_TOKENS = 32768
 """Tokens of one piece: seconds of work for an actor, so that none waits long for the last one."""
@@ -65,7 +66,7 @@ class ScoreRows:
         ids: list[int] = []
         logprobs: list[list[list[float]]] = []
         states: list[bytes] = []
-        padded = self.policy.layout != "flat"
+        padded = pads(self.policy.layout)
         for micro in micro_batches(positions, self.rows.lengths[positions], 1, self.budget, padded)[0]:
             rows = self.rows.take(micro)
             batch = collate(rows)

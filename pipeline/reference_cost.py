@@ -27,7 +27,7 @@ from pipeline.order import micro_batches
 from pipeline.reference import ScoreRows, actor_arguments, actor_resources, folder_of
 from pipeline.rows import Rows, write_part
 from pipeline.stage import Item, run_stage
-from pipeline.trunk import token_states
+from pipeline.trunk import pads, token_states
 
 SAMPLE_TOKENS = 4096
 """Tokens of the rows that are measured: a second or so of work."""
@@ -74,7 +74,7 @@ class MeasureCost(ScoreRows):
     @torch.inference_mode()
     def _run(self, positions: list[int]) -> float:
         """Seconds of the trunk's forward over these rows."""
-        padded = self.policy.layout != "flat"
+        padded = pads(self.policy.layout)
         dealt = micro_batches(positions, self.rows.lengths[positions], 1, self.budget, padded)[0]
         batches = [collate(self.rows.take(micro)).to(self.device) for micro in dealt]
         started = time.monotonic()

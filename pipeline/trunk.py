@@ -27,6 +27,11 @@ Layout = Literal["flat", "rows", "separate"]
 logger = logging.getLogger(__name__)
 
 
+def pads(layout: Layout) -> bool:
+    """Whether rows cost as much as the longest beside them."""
+    return layout != "flat"
+
+
 def token_states(lm: nn.Module, batch: Batch, layout: Layout, embeddings: Tensor | None = None) -> Tensor:
     """The states that predict the trained tokens, in the order of `batch.response_mask`'s True places. [N, D]
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.config import RunConfig
+from pipeline.pretrained import precision
 from pipeline.shared_memory import SharedMemory
 
 PERSISTENT_NUMEL = 100_000
@@ -24,6 +25,16 @@ BUCKET_NUMEL = 200_000_000
 """Gradient elements reduced at a time, at most."""
 SHARED_BYTES = 2**16
 """Smaller tensors go through sockets also where processes have memory together: that is as fast."""
+
+
+def unshared(config: RunConfig, workers: int) -> RunConfig:
+    """As so many workers train by it. One without offload has nothing to share: at stage 0, float32 is spared ZeRO's flat copies.
+    bfloat16 needs stage 1, which sums gradients in float32, and is spared the buckets of those above."""
+    scaling, bf16 = config.scaling, precision(config.model.dtype) == torch.bfloat16
+    if workers > 1 or scaling.offload_optimizer:
+        return config
+    stage = min(scaling.zero_stage, 1 if bf16 else 0)
+    return config.model_copy(update={"scaling": scaling.model_copy(update={"zero_stage": stage})})
 
 
 def settings_of(config: RunConfig, clip: float | None, bf16: bool, device: torch.device, numel: int) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import pipeline.learner as learner_module
 from pipeline import checkpoint, engine, ops, zero
 from pipeline.collate import collate
 from pipeline.config import RunConfig
@@ -97,9 +96,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
     warm_up()
     ranks = mp.start_processes(work, (root,), nprocs=2, start_method="forkserver", join=False)
     dist.init_process_group("gloo", store=dist.FileStore(str(root / "alone"), 1), rank=0, world_size=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(learner_module, "_unshared", lambda config: config)
-        alone = {("alone", kind): train(settings(root, kind, 0), [[0, 1, 2, 3]]) for kind in KINDS}
+    alone = {("alone", kind): train(settings(root, kind, 0), [[0, 1, 2, 3]]) for kind in KINDS}
     dist.destroy_process_group()
     while not ranks.join():
         pass

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import pipeline.learner as learner_module
 from pipeline.collate import collate
 from pipeline.config import RunConfig
 from pipeline.config_file import validate
@@ -99,10 +98,7 @@ def rows_of(kind: RecordKind) -> list[Row]:
 def update(config: RunConfig, folder: Path, layout: Sequence[Sequence[int]]) -> dict[str, Any]:
     """`STEPS` optimizer steps over the micro-batches of this rank → metrics of each step, and all weights."""
     rows = rows_of(config.data.kind)
-    with pytest.MonkeyPatch.context() as patch:
-        # The same stage for one rank as for two: the head that is set below is a master at stage 0 alone.
-        patch.setattr(learner_module, "_unshared", lambda config: config)
-        learner = Learner.start(config, config.model.path, str(folder / "frozen"), torch.device("cpu"), None)
+    learner = Learner.start(config, config.model.path, str(folder / "frozen"), torch.device("cpu"), None)
     with torch.no_grad():  # a zero value head would hide the critic's trunk from its loss
         for module in (learner.critic.module.head,) if learner.critic else ():
             module.weight.copy_(torch.linspace(-0.3, 0.3, module.weight.numel())[None])

@@ -8,10 +8,9 @@ from typing import ClassVar
 
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline import checkpoint, learner
+from pipeline import checkpoint, learner, loop
 from pipeline.config import ConfigError, ModelConfig
 from pipeline.contracts import Alarm, Needs
 from pipeline.critic import Critic
@@ -21,6 +20,7 @@ from pipeline.model import Policy
 from pipeline.objectives.kto import Kto
 from pipeline.progress import METRICS_FILE, read_metrics
 from pipeline.reward import load_reward_network
+from pipeline.zero import unshared
 
 EXAMPLES = Path(__file__).parents[1] / "jobs" / "examples"
 DQO = (
@@ -77,7 +77,7 @@ def test_other_stages_and_a_value_head_train_the_same_policy_at_first(
     make_config, tmp_path: Path, settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until the critic has learned something (V = 0 at step 1), the first update does not depend on what it is."""
-    monkeypatch.setattr(learner, "_unshared", lambda config: config)  # one worker's stage 3, too
+    monkeypatch.setattr(loop, "unshared", lambda config, workers: config)  # one worker's stage 3, too
     runs = [
         fit(make_config(*DQO, f"storage={tmp_path / name}", *more), local=True).run
         for name, more in (("plain", ()), ("other", settings))
@@ -104,10 +104,9 @@ def test_new_adapters_follow_from_the_seed(make_config) -> None:
     assert not torch.equal(adapter(1), adapter(2))
 
 
-def test_one_worker_shares_nothing(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_worker_shares_nothing(make_config) -> None:
     def stage(workers: int, *overrides: str) -> int:
-        monkeypatch.setattr(dist, "get_world_size", lambda: workers)
-        return learner._unshared(make_config("scaling.zero_stage=2", *overrides)).scaling.zero_stage
+        return unshared(make_config("scaling.zero_stage=2", *overrides), workers).scaling.zero_stage
 
     bf16 = "model.dtype=bfloat16"
     assert [stage(1), stage(2), stage(1, bf16), stage(2, bf16)] == [0, 2, 1, 2]

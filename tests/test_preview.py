@@ -64,5 +64,6 @@ def test_an_elastic_run_shows_the_memory_of_its_fewest_workers(make_config, tmp_
         head = next(line for line in lines if line.startswith("memory"))
         return head.partition("per worker ")[2], next(line.split("weights")[1] for line in lines if "weights " in line)
 
+    assert shown("1")[0] == "(one worker, ZeRO-0):", "nobody to share with"
     assert shown("[2,8]") == ("(with 2 of at most 8 workers, ZeRO-3):", shown("2")[1])
     assert shown("[2,8]")[1] != shown("8")[1]

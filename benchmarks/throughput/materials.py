@@ -25,6 +25,7 @@ from pipeline.model import load_policy
 from pipeline.model_files import locate
 from pipeline.order import micro_batches
 from pipeline.pretrained import load_causal_lm
+from pipeline.trunk import pads
 
 NOISE = 0.02
 """Standard deviation of what is added to a matrix, as a share of its own root mean square."""
@@ -75,7 +76,7 @@ def write_reference_logprobs(task: Task) -> None:
     for step, groups in enumerate(task.groups()):
         rows = [as_row(i, group) for i, group in enumerate(groups)]
         lengths = np.array([row.tokens for row in rows])
-        padded = policy.layout != "flat"
+        padded = pads(policy.layout)
         scored: dict[int, list[list[float]]] = {}
         for micro in micro_batches(range(len(rows)), lengths, 1, task.workload.token_budget, padded)[0]:
             out = policy(collate([rows[i] for i in micro.rows]))

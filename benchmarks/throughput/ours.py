@@ -19,7 +19,6 @@ from torch import Tensor
 from benchmarks.throughput.pace import Pace
 from benchmarks.throughput.tasks import Task, digests
 from benchmarks.throughput.workloads import OPTIMIZER, Group
-from pipeline import learner
 from pipeline.collate import collate
 from pipeline.config import RunConfig
 from pipeline.config_file import validate
@@ -28,6 +27,7 @@ from pipeline.distributed import process_group
 from pipeline.learner import Learner
 from pipeline.loop import train_step
 from pipeline.order import costs_of, micro_batches
+from pipeline.zero import unshared
 
 
 class Ours:
@@ -38,8 +38,6 @@ class Ours:
         self._config = run_config(task)
         if task.entry.pinned and not task.entry.apart:
             _join(task)
-        if task.entry.always_zero:
-            learner._unshared = lambda config: config
         device = self._stack.enter_context(process_group(self._config))
         torch.set_num_threads(task.threads)
         cached = json.loads(task.reference_logprobs.read_text())
@@ -51,7 +49,8 @@ class Ours:
             ]
             for step, (groups, found) in enumerate(zip(task.groups(), cached[: task.steps], strict=True))
         ]
-        self._learner = Learner.start(self._config, task.policy, task.reference, device, None, cached=task.has_states)
+        config = self._config if task.entry.always_zero else unshared(self._config, task.entry.workers)
+        self._learner = Learner.start(config, task.policy, task.reference, device, None, cached=task.has_states)
 
     def logprobs(self) -> dict[int, list[float]]:
         """Of those of the first step's rows that this rank has."""
