@@ -90,11 +90,12 @@ def run_job(job: ModuleType, argv: Sequence[str] | None = None) -> int:
 
     from pipeline.config_file import load
     from pipeline.errors import Leaving, UserError
+    from pipeline.pretrained import settled
     from pipeline.redaction import log_to_terminal, redact
 
     log_to_terminal()
     try:
-        job.run(load(options.config, options.overrides), options)
+        job.run(settled(load(options.config, options.overrides)), options)
     except UserError as error:
         print(f"error: {redact(str(error))}", file=sys.stderr)
         return 2

@@ -106,6 +106,7 @@ class Batch:
         None  # [B, K, S] int64: index into R of the token that ends each step, −1 where there is none
     )
     carried: Mapping[str, float] = field(default_factory=dict)  # `Needs.carried` metrics of the step before
+    seed: int = 0  # of what its forward draws (dropout in adapters)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.config import RunConfig
+from pipeline.config import ConfigError, RunConfig
 from pipeline.heap import keep_freed_memory
 
 
@@ -59,6 +59,8 @@ def _device(config: RunConfig) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
+    if config.model.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError("model.dtype: the workers' GPUs have no bfloat16; set model.dtype=float32")
     return device
 
 

@@ -21,7 +21,7 @@ from pipeline.gauges import Gauges
 from pipeline.loop import Job, train_worker
 from pipeline.model_files import fingerprint, locate
 from pipeline.order import Plan
-from pipeline.pretrained import precision
+from pipeline.pretrained import precision, settled
 from pipeline.progress import METRICS_FILE, Monitor, read_metrics
 from pipeline.ray_train import train_on_ray
 from pipeline.redaction import redacted
@@ -91,6 +91,7 @@ def fit(config: RunConfig, local: bool = False, report: Callable[[Result, Tracke
     `report` is called with the exported result while the MLflow run is still open, for what else belongs to it.
     Raises ConfigError, data.DataError, loop.Diverged: one line each; Leaving where SIGTERM ended a run without Ray.
     """
+    config = settled(config)
     prepared = prepare(config, local, train=True)
     run, identity = open_run(config, prepared)
     tracker = start(config, run, identity)

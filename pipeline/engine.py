@@ -9,7 +9,8 @@ ZeRO stages 0 to 3, float32 or bfloat16 with float32 master weights, any number 
 Only parameters with `requires_grad` are trained, saved and loaded.
 
 A checkpoint knows neither stage nor rank count: parameters and their Adam moments are gathered one at a time in float32
-and dealt out to the ranks as writers. At the same stage and rank count, to go on from one is bit-equal to not having stopped.
+and dealt out to the ranks as writers. At the same stage and rank count, to go on from one is bit-equal to not having stopped, where
+ranks also sum in the same order: three or more on one machine do so through memory (`shared_memory`), over several as gloo does.
 
 Left out: the learning rate, which comes with each step (`optimizer`), what a loss is (`objectives`), and when to save and
 who may (`loop`, `fencing`).

@@ -72,5 +72,7 @@ def _spread(block: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         return None
     places, tokens = read
     found, *more = out if isinstance(out, tuple) else (out,)  # experts tell what was chosen as well
-    found = found.new_zeros(1, tokens, found.shape[-1]).index_copy(1, places, found.view(1, len(places), -1))
+    found = found.new_zeros(1, tokens, found.shape[-1]).index_copy(
+        1, places, found.view(1, len(places), found.shape[-1])
+    )
     return (found, *more) if isinstance(out, tuple) else found

@@ -61,6 +61,7 @@ def train_step(
     weights = _step_weights(objective, batches)
     sums, metrics, finite = Sums(), {}, True
     for i, batch in enumerate(batches):
+        torch.manual_seed(batch.seed)
         out = learner(batch, step)
         result = objective(out, batch)
         if result.terms.keys() != weights.keys():
@@ -235,10 +236,8 @@ def _step(
 ) -> dict[str, float]:
     """Step number `step` (from 0): its rows, its update, and the evaluation that is due after it."""
     config, started = job.config, time.monotonic()
-    # Random state is a function of where we are: a checkpoint has none to save.
-    torch.manual_seed(hash((config.seed, step, dist.get_rank())) % 2**63)
     chosen = split.train[plan.positions(step)]
-    batches = _my_batches(chosen, rows, config, learner, watch.carried)
+    batches = list(_my_batches(chosen, rows, config, learner, watch.carried, step))
     try:
         metrics = train_step(learner, config.objective, batches, step, plan.total_steps)
     except Diverged as error:
@@ -251,7 +250,7 @@ def _step(
     }
     if len(split.eval) and plan.evaluates_after(step):
         sums = Sums()
-        held = _my_batches(split.eval, rows, config, learner, watch.carried)
+        held = _my_batches(split.eval, rows, config, learner, watch.carried, step)
         with learner.evaluating():
             held_out.add_batches(sums, learner.evaluate, config.objective, held)
         metrics |= held_out.means(sums)
@@ -259,16 +258,19 @@ def _step(
 
 
 def _my_batches(
-    chosen: np.ndarray, rows: Rows, config: RunConfig, learner: Learner, carried: Mapping[str, float]
-) -> list[Batch]:
-    """This rank's micro-batches of the chosen rows."""
+    chosen: np.ndarray, rows: Rows, config: RunConfig, learner: Learner, carried: Mapping[str, float], step: int
+) -> Iterator[Batch]:
+    """This rank's micro-batches of the chosen rows, each read when it is asked for."""
     tokens, budget = rows.lengths[chosen] + learner.places, config.train.tokens_per_micro_batch
     costs = None if learner.padded else costs_of(tokens, rows.trained_tokens(chosen), learner.head_share)
     world = dist.get_world_size()
     # Ray Train starts no more workers than `most_workers`; other launchers may.
     most = max(world, config.scaling.most_workers)
     dealt = micro_batches(chosen, tokens, world, budget, learner.padded, costs, most)
-    return [replace(collate(rows.take(micro)), carried=carried).to(learner.device) for micro in dealt[dist.get_rank()]]
+    for micro in dealt[dist.get_rank()]:
+        # Random numbers are a function of where we are: a checkpoint has none to save, and a resize draws the same.
+        seed = hash((config.seed, step, micro.rows[0])) % 2**63
+        yield replace(collate(rows.take(micro)), carried=carried, seed=seed).to(learner.device)
 
 
 # ------------------------------------------------------------------------------------------------- parts

@@ -5,9 +5,11 @@ Everything travels as `Mean(total, weight)` and is divided once, at the very end
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.contracts import Batch, Mean, Objective, PolicyOut
@@ -125,16 +127,29 @@ class Sums:
             self.add({name: Mean(torch.tensor(total, dtype=torch.double), torch.tensor(weight, dtype=torch.double))})
 
     def reduce(self) -> dict[str, float]:
-        """Sum over ranks (one collective) and divide; metrics of weight 0 are left out."""
-        names = sorted(self._sums)
+        """Sum over ranks and divide; metrics of weight 0 are left out.
+
+        Ranks need not have the same ones: a rank without a group of several responses knows no rejected one.
+        """
+        names = sorted(all_names(self._sums))
         if not names:
             return {}
-        stacked = all_sum(torch.stack([self._sums[name] for name in names])).tolist()
+        own = next(iter(self._sums.values()), torch.zeros(2, dtype=torch.double))
+        stacked = all_sum(torch.stack([self._sums.get(name, torch.zeros_like(own)) for name in names])).tolist()
         return {name: total / weight for name, (total, weight) in zip(names, stacked, strict=True) if weight != 0}
+
+
+def all_names(names: Iterable[str]) -> set[str]:
+    """Those of all ranks, on all ranks."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return set(names)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, list(names))
+    return {name for own in gathered for name in own}
 
 
 def all_sum(tensor: Tensor) -> Tensor:
     """Sum over all ranks; the tensor itself where there is only one process."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(tensor)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor)
     return tensor

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline import widening
-from pipeline.config import Attention, ConfigError, Precision
+from pipeline.config import Attention, ConfigError, Precision, RunConfig
 from pipeline.model_files import not_loadable
 from pipeline.weight_files import check_weight_files
 
@@ -20,13 +20,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def precision(dtype: Precision) -> torch.dtype:
-    """`auto` → bfloat16 where this machine's processor has a unit that multiplies matrices of it (CUDA, or a CPU with AMX), else
-    float32. AVX512-BF16 alone is no reason: it multiplies no faster than float32 does, and all else costs conversions."""
+def settled(config: RunConfig) -> RunConfig:
+    """With what `auto` means to this run's workers: asked once, before anything is hashed or sent.
+
+    Each process would answer for its own machine: a driver on a node without a GPU, a worker without one on a machine that has some.
+    """
+    model, gpu = config.model, config.scaling.gpus_per_worker > 0
+    dtype = str(precision(model.dtype, gpu)).removeprefix("torch.")
+    attention = "sdpa" if model.attention == "auto" and not gpu else model.attention
+    return config.model_copy(update={"model": model.model_copy(update={"dtype": dtype, "attention": attention})})
+
+
+def precision(dtype: Precision, gpu: bool | None = None) -> torch.dtype:
+    """`auto` → bfloat16 where the processor has a unit that multiplies matrices of it (a GPU, or a CPU with AMX), else float32.
+    AVX512-BF16 alone is no reason: it multiplies no faster than float32 does, and all else costs conversions.
+
+    gpu: whether it is a GPU's; of one that is elsewhere the best is thought. Default: whether this machine has one.
+    """
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    if torch.cuda.is_available():
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    here = torch.cuda.is_available()
+    if here if gpu is None else gpu:
+        native = not here or torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = widening.multiplies_bfloat16()
     return torch.bfloat16 if native else torch.float32
@@ -127,7 +142,7 @@ def _attention(attention: Attention, config: Any) -> str:
         return "sdpa"
     from transformers import AutoModelForCausalLM
 
-    architecture = AutoModelForCausalLM._model_mapping.get(type(config))
+    architecture = AutoModelForCausalLM._model_mapping.get(type(config), None)
     return "flex_attention" if getattr(architecture, "_supports_flex_attn", False) else "sdpa"
 
 

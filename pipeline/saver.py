@@ -106,9 +106,10 @@ class Saver:
         """
         if self._write is None:
             return
-        mine, outcomes = self._write.error, [None] * dist.get_world_size()
+        done, outcomes = self._write.done, [None] * dist.get_world_size()
+        mine = self._write.error  # asked second: what is done without an error when asked first may have failed since
         told = (type(mine) if isinstance(mine, UserError) else RuntimeError, _one_line(mine)) if mine else None
-        dist.all_gather_object(outcomes, (self._write.done, told))
+        dist.all_gather_object(outcomes, (done, told))
         for _, error in outcomes:
             if error is not None:
                 self._give_up()

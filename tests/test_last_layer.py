@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -105,6 +107,15 @@ def test_layers_that_are_computed_again_are_computed_whole() -> None:
     again = torch.autograd.grad(token_states(lm, BATCH, "flat").square().sum(), list(lm.base_model.parameters()))
     for one, other in zip(plain, again, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_without_a_trained_token_have_no_states() -> None:
+    lm = build("llama")
+    assert choose_layout(lm) == "flat"
+    batch = replace(BATCH, response_mask=torch.zeros_like(BATCH.response_mask))
+    states = token_states(lm, batch, "flat")
+    assert states.shape == (0, lm.config.hidden_size)
+    states.sum().backward()
 
 
 class Experts(torch.nn.Module):

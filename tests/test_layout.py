@@ -65,7 +65,7 @@ def rows_of(kind: RecordKind) -> list[Row]:
         "preference": [[5, 2], [1, 7], [4, 4], [6, 3]],
         "ranking": [[5, 2, 3], [1, 7], [4, 4, 2, 6], [6, 3]],
         "unpaired": [[5, 2], [1, 7], [4, 4], [6, 3]],
-        "trajectory": [[5, 2, 3], [7], [6, 4, 2, 6], [6, 3]],
+        "trajectory": [[2], [7], [6, 4, 2, 6], [6, 3]],  # of two ranks one knows no groups of several
     }[kind]
 
     def numbers(n: int, scale: float) -> list[float]:

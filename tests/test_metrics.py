@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
-from pipeline.contracts import Batch, Objective, PolicyOut
-from pipeline.metrics import METRICS, batch_metrics
+from pipeline.contracts import Batch, Mean, Objective, PolicyOut
+from pipeline.metrics import METRICS, Sums, batch_metrics
 from pipeline.objectives import OBJECTIVES
 from pipeline.objectives.dpo import Dpo
 from pipeline.objectives.dqo import Dqo
@@ -17,6 +21,21 @@ from pipeline.objectives.plackett_luce import PlackettLuce
 from pipeline.objectives.reward_model import RewardModel
 from pipeline.objectives.sft import Sft
 from tests.batches import as_out, as_unpaired, batch_of, make_batch, make_raw, padded, with_ratios
+
+
+def sum_up(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
+    sums, (one, two) = Sums(), torch.tensor([1.0, 2.0])
+    sums.add({"both": Mean(one + rank, two), f"rank {rank}": Mean(one, two)} if rank else {"both": Mean(one, two)})
+    (folder / f"{rank}.json").write_text(json.dumps(sums.reduce()))
+    dist.destroy_process_group()
+
+
+def test_ranks_need_not_have_the_same_metrics(tmp_path: Path) -> None:
+    """As where one has rows of one response only."""
+    mp.start_processes(sum_up, (tmp_path,), nprocs=2, start_method="forkserver")
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == {"both": 0.75, "rank 1": 0.5}
 
 
 def means(objective: Objective, out: PolicyOut, batch: Batch) -> dict[str, float]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pipeline.config import ConfigError
-from pipeline.pretrained import load_causal_lm, load_tokenizer, precision
+from pipeline.pretrained import load_causal_lm, load_tokenizer, precision, settled
 
 from .conftest import save_tiny_llama
 
@@ -35,6 +35,33 @@ def test_precision_is_native_bfloat16_or_float32(monkeypatch):
     for native, expected in [(True, torch.bfloat16), (False, torch.float32)]:
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda native=native, **_: native)
         assert precision("auto") == expected
+
+
+def test_auto_means_what_the_workers_are_whatever_this_machine_has(make_config, monkeypatch) -> None:
+    def meant(*overrides: str) -> tuple[str, str]:
+        config = settled(make_config("model.dtype=auto", *overrides))
+        assert settled(config) == config
+        return config.model.dtype, config.model.attention
+
+    gpu = "scaling.gpus_per_worker=1"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    for here in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda here=here: here)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+        assert meant() == ("float32", "sdpa")
+        assert meant(gpu) == ("bfloat16", "auto")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    assert meant() == ("bfloat16", "sdpa")
+    assert meant("model.dtype=float32", "model.attention=eager") == ("float32", "eager")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    assert meant(gpu) == ("float32", "auto")
+
+
+def test_attention_skips_what_is_hidden_on_gpus(tiny_model, monkeypatch) -> None:
+    assert load_causal_lm(str(tiny_model), torch.float32, "auto").config._attn_implementation == "sdpa"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert load_causal_lm(str(tiny_model), torch.float32, "auto").config._attn_implementation == "flex_attention"
 
 
 @pytest.mark.parametrize(("dtype", "attention"), [(torch.float32, "sdpa"), (torch.bfloat16, "eager")])

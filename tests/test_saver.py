@@ -172,6 +172,25 @@ def test_what_goes_wrong_surfaces_at_the_next_step_and_leaves_nothing(
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000001"], "it takes no space"
 
 
+def test_an_error_in_the_very_moment_of_asking_is_not_lost(run: Path) -> None:
+    class Ending(saver.Write):
+        """It fails while it is asked about."""
+
+        @property
+        def done(self) -> bool:
+            self.error = StorageFailed("the disk is full")
+            return True
+
+        @done.setter
+        def done(self, value: bool) -> None:
+            pass
+
+    own = begin(run)
+    own._write = Ending([], saver.Place(run / "step", run, 1, 0.0), None)
+    with pytest.raises(StorageFailed, match=r"^the disk is full$"):
+        own.poll()
+
+
 def test_an_error_of_our_own_names_itself(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(monkeypatch, errno.EACCES, times=1)
     with pytest.raises(RuntimeError, match=r"^a checkpoint could not be written: PermissionError: .*said the disk"):

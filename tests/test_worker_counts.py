@@ -43,11 +43,21 @@ def losses(make_config, folder: Path, name: str, counts: list[int], *overrides: 
     return [line["loss"] for line in lines]
 
 
+DROPOUT = "model.lora={r: 8, dropout: 0.2}"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "stage"), [("float32", 1), ("bfloat16", 1), ("bfloat16", 2), ("bfloat16", 3)])
-def test_a_resize_leaves_no_trace_in_the_loss(make_config, tmp_path: Path, dtype: str, stage: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "stage", "more"),
+    [
+        ("float32", 1, "optimizer.lr=2e-4"),
+        ("float32", 1, DROPOUT),
+        *(("bfloat16", stage, "optimizer.lr=2e-4") for stage in (1, 2, 3)),
+    ],
+)
+def test_a_resize_leaves_no_trace_in_the_loss(make_config, tmp_path: Path, dtype: str, stage: int, more: str) -> None:
     forkserver.set_forkserver_preload(["deepspeed", "transformers.models.llama.modeling_llama"])
-    given = (f"model.dtype={dtype}", f"scaling.zero_stage={stage}", "optimizer.lr=2e-4", "train.epochs=10")
+    given = (f"model.dtype={dtype}", f"scaling.zero_stage={stage}", "train.epochs=10", more)
     fixed = losses(make_config, tmp_path, "fixed", [2], *given)
     resized = losses(make_config, tmp_path, "resized", [2, 1, 2], *given)
     assert fixed[-1] < 0.9 * fixed[0]

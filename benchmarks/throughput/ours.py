@@ -49,7 +49,7 @@ class Ours:
             ]
             for step, (groups, found) in enumerate(zip(task.groups(), cached[: task.steps], strict=True))
         ]
-        config = self._config if task.entry.always_zero else unshared(self._config, task.entry.workers)
+        config = self._config if task.entry.always_zero else unshared(self._config, dist.get_world_size())
         self._learner = Learner.start(config, task.policy, task.reference, device, None, cached=task.has_states)
 
     def logprobs(self) -> dict[int, list[float]]:

@@ -29,9 +29,10 @@ class ModelConfig(Section):
     """For an exact KL (`tdpo`): the reference's last hidden states are read from a cache, or the reference runs beside the policy.
     `auto` measures both on the first rows, and takes the cheaper one that fits the disk."""
     dtype: Precision = "auto"
-    """`auto`: bfloat16 where the processor has a unit for its matrix products (GPUs, CPUs with AMX), else float32. Master weights are float32 either way."""
+    """`auto`: bfloat16 where the workers' processor has a unit for its matrix products (GPUs, CPUs with AMX), else float32; the
+    driver settles it for all. Master weights are float32 either way."""
     attention: Attention = "auto"
-    """Attention implementation of transformers. `auto`: flex_attention on a GPU (it skips what a response may not see), else sdpa."""
+    """Attention implementation of transformers. `auto`: flex_attention for workers with a GPU (it skips what a response may not see), else sdpa."""
     lora: LoraSection | None = None
     activation_checkpointing: bool = False
     """Recompute each layer in the backward pass: less memory, about a third more time."""
