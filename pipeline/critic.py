@@ -15,6 +15,7 @@ from pipeline.config import ConfigError, RunConfig
 from pipeline.contracts import Batch, PolicyOut
 from pipeline.model import add_lora, recompute_layers, remove_dropout, unflatten
 from pipeline.pretrained import load_backbone, load_config, precision
+from pipeline.scalar_head import ScalarHead
 from pipeline.trunk import Layout, choose_layout, token_states
 
 HEAD = "value_head.safetensors"
@@ -38,7 +39,7 @@ class Critic(nn.Module):
         if trunk is not None:
             remove_dropout(trunk)
             self.layout = choose_layout(trunk)
-        self.head = nn.Linear(width, 1)
+        self.head = ScalarHead(width)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -48,14 +49,12 @@ class Critic(nn.Module):
         else:
             assert out.states is not None, "the policy keeps its states for a value head"
             states = out.states
-        values = self.head(states.to(self.head.weight.dtype)).squeeze(-1)
-        return unflatten(values.float(), batch.response_mask)
+        return unflatten(self.head(states).squeeze(-1), batch.response_mask)
 
 
-def load_critic(config: RunConfig, path: str, dtype: torch.dtype | None = None) -> Critic:
+def load_critic(config: RunConfig, path: str) -> Critic:
     """The critic of a run that starts from the weights at `path`; its head is zero."""
-    settings = config.model
-    dtype = dtype or precision(settings.dtype)
+    settings, dtype = config.model, precision(config.model.dtype)
     if config.critic.architecture == "head":
         width = load_config(path, settings.trust_remote_code).get_text_config().hidden_size
         return Critic(width).to(dtype)

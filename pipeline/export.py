@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from pipeline import checkpoint
@@ -34,7 +33,9 @@ def export(config: RunConfig, folder: Path, model: str, target: Path) -> Path:
     wanted = config.checkpoint.export_dtype
     dtype = precision(config.model.dtype if wanted == "auto" else wanted)
     needs, tokenizer = config.objective.needed(), load_tokenizer(model, config.model.trust_remote_code)
-    settings = config.model.model_copy(update={"dtype": "float32", "activation_checkpointing": False})
+    # Weights are read, nothing is computed.
+    plain = {"dtype": "float32", "activation_checkpointing": False, "attention": config.model.unpacked_attention}
+    settings = config.model.model_copy(update=plain)
     network: RewardNetwork | Policy
     if needs.model == "reward":
         network = load_reward_network(settings, model)
@@ -52,7 +53,7 @@ def export(config: RunConfig, folder: Path, model: str, target: Path) -> Path:
     if isinstance(network, Policy) and network.prior is not None:
         save_prior(network.prior, lm, aside)
     if needs.critic:
-        critic = load_critic(config, model, torch.float32)
+        critic = load_critic(config.model_copy(update={"model": settings}), model)
         checkpoint.load_into(_trained(critic), folder, prefix="critic-")
         save_critic(critic, aside / CRITIC, dtype)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from pipeline.distributed import greatest
 from pipeline.ops import token_statistics
 from pipeline.pretrained import load_causal_lm, precision
 from pipeline.thinker import NewPrior, prior_for
-from pipeline.trunk import PROBE, choose_layout, probe_batch, token_states
+from pipeline.trunk import PROBE, choose_layout, probe_batch, token_states, uncompiled_attention
 
 
 class OutputHead(nn.Module):
@@ -226,10 +226,11 @@ def _check_head(lm: nn.Module) -> None:
     batch, was_training = probe_batch(lm, PROBE[:1]), lm.training
     lm.eval()
     try:
-        ours = _logits(lm, token_states(lm, batch, "separate")).float().log_softmax(-1)
-        prompt = batch.input_ids[0, : int(batch.predictor[0, 0, 0]) + 1]
-        rows = torch.stack([torch.cat([prompt, ids[:1]]) for ids in batch.response_ids[0]])
-        own = lm(input_ids=rows).logits[:, -2:].flatten(0, 1).float().log_softmax(-1)
+        with uncompiled_attention(lm):
+            ours = _logits(lm, token_states(lm, batch, "separate")).float().log_softmax(-1)
+            prompt = batch.input_ids[0, : int(batch.predictor[0, 0, 0]) + 1]
+            rows = torch.stack([torch.cat([prompt, ids[:1]]) for ids in batch.response_ids[0]])
+            own = lm(input_ids=rows).logits[:, -2:].flatten(0, 1).float().log_softmax(-1)
     finally:
         lm.train(was_training)
     if (ours - own).abs().max() > (1e-3 if lm.dtype == torch.float32 else 0.2):

@@ -28,6 +28,8 @@ def check(config: RunConfig, local: bool = False) -> None:
         tracking_uri(config)
     if local and config.scaling.gpus_per_worker and not torch.cuda.is_available():
         raise ConfigError("scaling.gpus_per_worker: this machine has no GPU; set it to 0")
+    if 0 < config.scaling.gpus_per_worker < 1 < config.scaling.most_workers:
+        raise ConfigError("scaling.gpus_per_worker: workers that train together need a GPU each; set it to 1")
     try:
         (Path(config.storage) / "cache").mkdir(parents=True, exist_ok=True)
     except OSError as error:

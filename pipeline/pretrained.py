@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+NARROWEST_HEAD = 16
+"""FlexAttention's kernel on GPUs takes no narrower ones."""
+
+
 def settled(config: RunConfig) -> RunConfig:
     """With what `auto` means to this run's workers: asked once, before anything is hashed or sent.
 
@@ -135,7 +139,7 @@ def load_scorer(
 
 
 def _attention(attention: Attention, config: Any) -> str:
-    """`auto` → flex_attention where there is a GPU and the architecture takes it, else sdpa."""
+    """`auto` → flex_attention where there is a GPU and architecture and kernel take it, else sdpa."""
     if attention != "auto":
         return attention
     if not torch.cuda.is_available():
@@ -143,7 +147,10 @@ def _attention(attention: Attention, config: Any) -> str:
     from transformers import AutoModelForCausalLM
 
     architecture = AutoModelForCausalLM._model_mapping.get(type(config), None)
-    return "flex_attention" if getattr(architecture, "_supports_flex_attn", False) else "sdpa"
+    text = config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    takes = getattr(architecture, "_supports_flex_attn", False) and head >= NARROWEST_HEAD
+    return "flex_attention" if takes else "sdpa"
 
 
 def classifies(config: Any) -> bool:

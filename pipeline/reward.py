@@ -12,6 +12,7 @@ from pipeline.config import ConfigError, ModelConfig
 from pipeline.contracts import Batch, PolicyOut
 from pipeline.model import add_lora, recompute_layers, remove_dropout, unflatten
 from pipeline.pretrained import classifies, load_config, load_scorer, precision
+from pipeline.scalar_head import ScalarHead
 from pipeline.trunk import choose_layout, final_states
 
 
@@ -26,6 +27,7 @@ class RewardNetwork(nn.Module):
         super().__init__()
         remove_dropout(lm)
         self.layout = choose_layout(lm)
+        lm.score = ScalarHead.like(lm.score)
         self.lm = lm
         object.__setattr__(self, "_adapter", None)
         if config.lora is not None:
@@ -36,7 +38,7 @@ class RewardNetwork(nn.Module):
 
     def forward(self, batch: Batch) -> PolicyOut:
         states = final_states(self.lm, batch, self.layout)  # [M, D]
-        scores = unflatten(self.lm.score(states).squeeze(-1).float(), batch.valid)
+        scores = unflatten(self.lm.score(states).squeeze(-1), batch.valid)
         none = torch.zeros(batch.response_mask.shape, device=scores.device)
         return PolicyOut(logprobs=none, scores=scores)
 

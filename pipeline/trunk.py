@@ -13,7 +13,8 @@ Left out: what becomes of a state (`model`, `critic`, `reward`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -171,12 +172,15 @@ def choose_layout(lm: nn.Module) -> Layout:
     """
     elementwise.attach(lm)
     widening.attach(lm)
+    if lm.config._attn_implementation == "flex_attention":
+        _allow_variants()
     with torch.no_grad():
         batch = probe_batch(lm)
         was_training = lm.training
         lm.eval()
         try:
-            exact = token_states(lm, batch, "separate")
+            with uncompiled_attention(lm):
+                exact = token_states(lm, batch, "separate")
             reason = None
             for layout in _candidates(lm):
                 reason = _try(lm, batch, layout, exact)
@@ -184,8 +188,34 @@ def choose_layout(lm: nn.Module) -> Layout:
                     return layout
         finally:
             lm.train(was_training)
+    _uncompile(lm)
     logger.warning("%s: each response is computed with its own copy of the prompt (%s)", type(lm).__name__, reason)
     return "separate"
+
+
+@contextmanager
+def uncompiled_attention(lm: nn.Module) -> Iterator[None]:
+    """With an attention that every processor has: FlexAttention's kernels are compiled, and not for every CPU."""
+    asked = lm.config._attn_implementation
+    _uncompile(lm)
+    try:
+        yield
+    finally:
+        if asked == "flex_attention":
+            lm.set_attn_implementation(asked)
+
+
+def _uncompile(lm: nn.Module) -> None:
+    if lm.config._attn_implementation == "flex_attention":
+        lm.set_attn_implementation("sdpa" if getattr(lm, "_supports_sdpa", False) else "eager")
+
+
+def _allow_variants() -> None:
+    """FlexAttention is compiled for each kind of layer, device, shape and mode; beyond dynamo's limit of 8 it would run unfused, with
+    all scores in memory."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
 
 def _candidates(lm: nn.Module) -> list[Layout]:
@@ -203,6 +233,8 @@ def _try(lm: nn.Module, batch: Batch, layout: Layout, exact: Tensor) -> str | No
             lm.set_attn_implementation(attention.GROUPS)
         if layout == "flat":
             last_layer.attach(lm)
+        else:
+            _uncompile(lm)
         states = token_states(lm, batch, layout)
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
         reason = f"it does not accept a block mask: {' '.join(str(error).split())[:200]}"

@@ -13,6 +13,7 @@ from pipeline.config import ConfigError
 from pipeline.contracts import Row
 from pipeline.critic import load_critic, load_trained_critic, save_critic
 from pipeline.model import load_policy
+from pipeline.scalar_head import ScalarHead
 
 ROWS = [
     Row(0, [5, 6, 7], [[20, 21, 22, 23], [30, 31]], trained=[[True, False, True, True], [True, True]]),
@@ -45,6 +46,20 @@ def test_values_start_at_zero_and_only_the_critic_moves_them(make_config, settin
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in critic.head.parameters())
     assert out.logprobs.requires_grad
     assert out.states is None or not out.states.requires_grad, "a value head's loss does not reach the policy"
+
+
+def test_values_are_not_rounded_to_bfloat16() -> None:
+    """In which 4.0 and 4.03 are neighbours."""
+    head = ScalarHead(8).to(torch.bfloat16)
+    torch.nn.init.constant_(head.weight, 0.5)
+    torch.nn.init.constant_(head.bias, 4.0)
+    states = torch.zeros(2, 8, dtype=torch.bfloat16)
+    states[1, 0] = 0.015625
+    values = head(states)
+    assert values.dtype == torch.float32
+    assert values[:, 0].tolist() == [4.0, 4.0078125]
+    values.sum().backward()
+    assert head.weight.grad[0, 0] == 0.015625
 
 
 @pytest.mark.parametrize("settings", [(), (HEAD,)])

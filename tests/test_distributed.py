@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pipeline import preflight
 from pipeline.config import ConfigError
 from pipeline.distributed import process_group
 
@@ -31,3 +32,9 @@ def test_a_gpu_without_bfloat16_is_named_with_the_remedy(make_config, monkeypatc
     config = make_config("scaling.gpus_per_worker=1", "model.dtype=bfloat16")
     with pytest.raises(ConfigError, match=r"no bfloat16; set model\.dtype=float32$"), process_group(config):
         pass
+
+
+def test_workers_that_share_a_gpu_cannot_train_together(make_config) -> None:
+    preflight.check(make_config("scaling.gpus_per_worker=0.5"))  # as trials of a sweep do
+    with pytest.raises(ConfigError, match=r"^scaling\.gpus_per_worker: .* set it to 1$"):
+        preflight.check(make_config("scaling.gpus_per_worker=0.5", "scaling.workers=2"))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pipeline.collate import collate
 from pipeline.config import ConfigError, LoraSection
@@ -81,6 +82,20 @@ def test_flex_attention_equals_sdpa(name: str) -> None:
     finally:
         torch.compiler.set_stance("default")
     torch.testing.assert_close(flex, sdpa, atol=2e-5, rtol=1e-5)
+
+
+def test_where_flex_attention_cannot_be_compiled_rows_are_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on processors for which there is no compiler; what it is compared with needs none."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError("no kernel for this processor")
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flex_attention", refuse)
+    lm = build("llama", attention="flex_attention")
+    policy = Policy(lm)
+    assert (policy.layout, lm.config._attn_implementation) == ("rows", "sdpa")
+    assert torch._dynamo.config.recompile_limit >= 64
+    torch.testing.assert_close(policy(collate(ROWS)).logprobs, Policy(build("llama"))(collate(ROWS)).logprobs)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has a backward pass on GPUs only")

@@ -58,10 +58,15 @@ def test_auto_means_what_the_workers_are_whatever_this_machine_has(make_config, 
     assert meant(gpu) == ("float32", "auto")
 
 
-def test_attention_skips_what_is_hidden_on_gpus(tiny_model, monkeypatch) -> None:
-    assert load_causal_lm(str(tiny_model), torch.float32, "auto").config._attn_implementation == "sdpa"
+def test_attention_skips_what_is_hidden_on_gpus(tiny_model, tmp_path, monkeypatch) -> None:
+    def chosen(path: Path) -> str:
+        return load_causal_lm(str(path), torch.float32, "auto").config._attn_implementation
+
+    wide = save_tiny_llama(tmp_path / "wide", num_attention_heads=2)
+    assert chosen(wide) == "sdpa"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert load_causal_lm(str(tiny_model), torch.float32, "auto").config._attn_implementation == "flex_attention"
+    assert chosen(wide) == "flex_attention"
+    assert chosen(tiny_model) == "sdpa", "the kernel takes heads from 16 on"
 
 
 @pytest.mark.parametrize(("dtype", "attention"), [(torch.float32, "sdpa"), (torch.bfloat16, "eager")])

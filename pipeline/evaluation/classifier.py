@@ -99,6 +99,7 @@ class ScoreTexts:
         else:
             self.tokenizer = load_tokenizer(path, own.trust_remote_code, KEY)
             self.model = _load(path, own).to(self.device).eval()
+            self.bound = _longest(self.model)
 
     @torch.inference_mode()
     def __call__(self, item: Item) -> Item:
@@ -123,8 +124,8 @@ class ScoreTexts:
         if self.tokenizer.pad_token_id is None and len(texts) > 1:
             return [score for text in texts for score in self._by_text([text])]
         whole = [self._ended(t.prompt + t.response) for t in texts]
-        bound = self.model.config.get_text_config().max_position_embeddings
-        inputs = self.tokenizer(whole, padding=len(whole) > 1, truncation=True, max_length=bound, return_tensors="pt")
+        limit = {"truncation": True, "max_length": self.bound} if self.bound else {}
+        inputs = self.tokenizer(whole, padding=len(whole) > 1, return_tensors="pt", **limit)
         logits = self.model(**inputs.to(self.device)).logits.float()
         if self.label is None:
             return logits[:, 0].tolist()
@@ -136,6 +137,15 @@ class ScoreTexts:
         reads_last = isinstance(getattr(self.model, "score", None), torch.nn.Linear)
         end = self.tokenizer.eos_token
         return text + end if reads_last and end and not text.endswith(end) else text
+
+
+def _longest(model: torch.nn.Module) -> int | None:
+    """The most tokens of a text that it has positions for; None: as many as there are."""
+    bound = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if bound and name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return bound - module.padding_idx - 1  # RoBERTa's begin behind that of padding
+    return bound
 
 
 def _load(path: str, own: ModelConfig) -> torch.nn.Module:

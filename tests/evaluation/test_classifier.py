@@ -64,6 +64,25 @@ def test_a_reward_model_scores_the_sampled_tokens(make_config, tiny_model: Path,
     assert failures == [] and abs(scores[0] - scores[1]) > 1e-3
 
 
+def test_positions_that_begin_behind_paddings_are_not_exceeded(make_config, tiny_model: Path, tmp_path: Path) -> None:
+    """RoBERTa declares 34 positions for 32 tokens."""
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    own = {"max_position_embeddings": 34, "pad_token_id": 1, "initializer_range": 0.5, "num_labels": 2}
+    torch.manual_seed(0)
+    config = RobertaConfig(vocab_size=260, **own, **sizes)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path / "roberta")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    config = make_config(f"sampling.scorer='classifier:{tmp_path / 'roberta'}'", "evaluation.label=1")
+    scores, failed = judge_for(config, str(tiny_model))(texts(("a" * 40, "b"), ("a" * 33, "c"), ("b" * 33, "c")), True)
+    assert not failed
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6), "cut after 32 tokens"
+    assert scores[0] != pytest.approx(scores[2], abs=1e-4)
+
+
 def test_another_classifier_reads_texts_ended_as_in_training(make_config, tiny_model: Path, tmp_path: Path) -> None:
     folder = save_classifier(tmp_path / "sentiment", ["NEGATIVE", "POSITIVE"], extra="<more>")
     config = make_config(f"sampling.scorer='classifier:{folder}'", "evaluation.label=POSITIVE")
