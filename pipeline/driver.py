@@ -21,7 +21,7 @@ from pipeline.gauges import Gauges
 from pipeline.loop import Job, train_worker
 from pipeline.model_files import fingerprint, locate
 from pipeline.order import Plan
-from pipeline.pretrained import precision, settled
+from pipeline.pretrained import settled
 from pipeline.progress import METRICS_FILE, Monitor, read_metrics
 from pipeline.ray_train import train_on_ray
 from pipeline.redaction import redacted
@@ -132,7 +132,7 @@ def open_run(config: RunConfig, prepared: Prepared) -> tuple[Path, str]:
         len(config.data.sources),
         config.data.eval_fraction,
         fingerprint(prepared.model, storage / "cache"),
-        str(precision(config.model.dtype)),
+        settled(config).model.dtype,
         config.model.lora.model_dump() if config.model.lora else None,
         config.dump()["objective"],
         config.optimizer.model_dump(),

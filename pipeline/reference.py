@@ -24,7 +24,7 @@ from pipeline.contracts import REFERENCE_SCHEMA, STATES_SCHEMA
 from pipeline.model import Policy, load_policy
 from pipeline.model_files import fingerprint
 from pipeline.order import micro_batches, position_type
-from pipeline.pretrained import load_config, precision
+from pipeline.pretrained import load_config, settled
 from pipeline.rows import MANIFEST, Rows, finish, is_finished, part_of, write_part
 from pipeline.stage import Item, Resources, run_stage
 from pipeline.trunk import pads
@@ -99,10 +99,10 @@ def is_whole(part: Path) -> bool:
 def folder_of(config: RunConfig, rows_folder: Path, model: str, kind: str) -> Path:
     """Where what `model` says of these rows is, or will be."""
     cache = Path(config.storage) / "cache"
-    dtype = str(precision(config.model.dtype))
+    own = settled(config).model
     # A change of what some precision computes changes its number.
-    arithmetic = {"torch.bfloat16": 2}.get(dtype, 1)
-    key = digest(arithmetic, rows_folder.name, fingerprint(model, cache), dtype, config.model.attention)
+    arithmetic = {"bfloat16": 2}.get(own.dtype, 1)
+    key = digest(arithmetic, rows_folder.name, fingerprint(model, cache), own.dtype, own.attention)
     return cache / f"{kind}-{key}"
 
 
@@ -127,7 +127,7 @@ def score(config: RunConfig, rows_folder: Path, model: str, local: bool = False,
     meta = {
         "rows": sum(item["rows"] for item in done),
         "model": model,
-        "dtype": str(precision(config.model.dtype)).removeprefix("torch."),
+        "dtype": settled(config).model.dtype,
     }
     width = load_config(model, config.model.trust_remote_code).get_text_config().hidden_size
     for one in folders:

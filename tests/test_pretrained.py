@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline import driver
 from pipeline.config import ConfigError
 from pipeline.pretrained import load_causal_lm, load_tokenizer, precision, settled
 
@@ -121,3 +122,10 @@ def test_damaged_weights_are_refused_in_one_line(damage, copy):
     with pytest.raises(ConfigError, match=r"^model\.path: cannot load a causal .*check the folder's files") as caught:
         load_causal_lm(str(copy), torch.float32)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_is_the_same_whoever_settles_its_settings(make_config) -> None:
+    config = make_config("model.dtype=auto")
+    assert config != settled(config)
+    runs = [driver.open_run(own, driver.prepare(own, local=True))[0] for own in (config, settled(config))]
+    assert runs[0] == runs[1]
