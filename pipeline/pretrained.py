@@ -147,10 +147,11 @@ def _attention(attention: Attention, config: Any) -> str:
     from transformers import AutoModelForCausalLM
 
     architecture = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if not getattr(architecture, "_supports_flex_attn", False):
+        return "sdpa"  # asked first: an architecture without attention has no heads
     text = config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    takes = getattr(architecture, "_supports_flex_attn", False) and head >= NARROWEST_HEAD
-    return "flex_attention" if takes else "sdpa"
+    return "flex_attention" if head >= NARROWEST_HEAD else "sdpa"
 
 
 def classifies(config: Any) -> bool:

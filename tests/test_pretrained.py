@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import MambaConfig
 
 from pipeline import driver
 from pipeline.config import ConfigError
-from pipeline.pretrained import load_causal_lm, load_tokenizer, precision, settled
+from pipeline.pretrained import _attention, load_causal_lm, load_tokenizer, precision, settled
 
 from .conftest import save_tiny_llama
 
@@ -68,6 +69,7 @@ def test_attention_skips_what_is_hidden_on_gpus(tiny_model, tmp_path, monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert chosen(wide) == "flex_attention"
     assert chosen(tiny_model) == "sdpa", "the kernel takes heads from 16 on"
+    assert _attention("auto", MambaConfig()) == "sdpa", "it has no heads"
 
 
 @pytest.mark.parametrize(("dtype", "attention"), [(torch.float32, "sdpa"), (torch.bfloat16, "eager")])
