@@ -13,7 +13,7 @@ from pipeline.collate import collate
 from pipeline.config import ConfigError, LoraSection
 from pipeline.contracts import Row
 from pipeline.model import OutputHead, Policy
-from pipeline.trunk import token_states
+from pipeline.trunk import refuses_embeddings, token_states
 
 BASE = {
     "vocab_size": 97,
@@ -92,6 +92,7 @@ def test_where_flex_attention_cannot_be_compiled_rows_are_padded(monkeypatch: py
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flex_attention", refuse)
     lm = build("llama", attention="flex_attention")
+    assert refuses_embeddings(lm) is None
     policy = Policy(lm)
     assert (policy.layout, lm.config._attn_implementation) == ("rows", "sdpa")
     assert torch._dynamo.config.recompile_limit >= 64
