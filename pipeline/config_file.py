@@ -64,6 +64,8 @@ def _one_line(error: ValidationError, plain: Mapping[str, Any]) -> str:
     for problem in found:
         if any(other["loc"][: len(problem["loc"])] == problem["loc"] != other["loc"] for other in found):
             continue  # a list is "too short" only because of an item that is wrong itself
+        if problem["type"] == "default_factory_not_called":
+            continue  # only because of another key, which it depends on
         key = ".".join(str(part) for part in problem["loc"])
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
@@ -127,13 +129,14 @@ def describe() -> str:
 
 
 def _describe_section(model: type[BaseModel], prefix: str) -> list[str]:
-    lines = []
+    lines, defaults = [], dict[str, Any]()
     for name, info in model.model_fields.items():
+        defaults[name] = info.get_default(call_default_factory=True, validated_data=defaults)
         section = _section_in(info.annotation)
         if section is not None and name != "objective":
             lines += ["", f"[{prefix}{name}] {(section.__doc__ or '').strip().splitlines()[0]}"]
             lines += _describe_section(section, f"{prefix}{name}.")
         elif name != "objective":
-            default = "required" if info.is_required() else repr(info.default)
+            default = "required" if info.is_required() else repr(defaults[name])
             lines.append(f"{prefix}{name} = {default}    {(info.description or '').strip()}")
     return lines

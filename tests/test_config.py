@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline.config import ConfigError, RunConfig, digest
-from pipeline.config_file import json_schema, load, validate
+from pipeline.config_file import describe, json_schema, load, validate
 from pipeline.objectives import OBJECTIVES
 from pipeline.objectives.dpo import Dpo
 
@@ -254,6 +254,13 @@ def test_unreadable_files_and_overrides_are_one_line(tmp_path, text, overrides, 
         load(path, overrides)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_default_that_depends_on_another_key_adds_nothing_to_that_keys_error():
+    with pytest.raises(ConfigError, match=r"^objective\.variant: input should be 1 or 2, not 3$"):
+        validate(changed("objective", {"name": "tdpo", "variant": 3}))
+    (line,) = [line for line in describe().splitlines() if line.startswith("objective.alpha") and "variant" in line]
+    assert line.startswith("objective.alpha = 0.5 ")
 
 
 def test_missing_file_is_named(tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,38 @@ def test_keys_named_in_the_readme_exist() -> None:
     for section, key in re.findall(r"`?(data|model|train|optimizer|checkpoint|sampling|scaling)\.([a-z_]+)", README):
         if key not in ("py", "md"):  # files
             assert f"{section}.{key} =" in known or f"[{section}.{key}]" in known, f"{section}.{key}"
+
+
+def trl_table() -> list[list[str]]:
+    """Code of both columns of the table for people who come from TRL, row by row."""
+    table = README.partition("## Coming from TRL\n")[2].partition("\n## ")[0]
+    cells = [line.strip("|").split("|") for line in table.strip().splitlines()[2:]]
+    return [[re.findall(r"`([^`]+)`", theirs), re.findall(r"`([^`]+)`", ours)] for theirs, ours in cells]
+
+
+def test_what_is_set_in_trl_is_there_in_trl() -> None:
+    trl = pytest.importorskip("trl")
+    known = signature(trl.DPOConfig).parameters.keys()
+    names = [name for theirs, _ in trl_table() for name in theirs]
+    assert len(names) > 20
+    for name in names:
+        if argument := re.fullmatch(r"DPOTrainer\((\w+)=…\)", name):
+            assert argument[1] in signature(trl.DPOTrainer).parameters
+        else:
+            assert name.partition("=")[0] in known, name
+    (losses,) = [field.metadata["help"] for field in dataclasses.fields(trl.DPOConfig) if field.name == "loss_type"]
+    (types,) = [name for name in names if name.startswith("loss_type=")]
+    for loss in re.findall(r'"(\w+)"', types):
+        assert f"`'{loss}'`" in losses
+
+
+def test_what_replaces_it_is_a_setting_of_ours() -> None:
+    from pipeline.config_file import describe
+
+    known = describe()
+    for name in (name for _, ours in trl_table() for name in ours):
+        key = name.partition("=")[0]
+        assert key == "objective" or re.search(rf"^\[?{re.escape(key)}[ \]]|^{re.escape(key)}=", known, re.M), key
 
 
 @pytest.mark.ray

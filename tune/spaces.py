@@ -94,7 +94,8 @@ class Space:
     def __init__(self, config: RunConfig) -> None:
         assert config.sweep is not None
         self._config = config
-        self._base = config.dump() | {"sweep": None}
+        # Of the objective, what the user set: what the rest defaults to may depend on the key that is swept.
+        self._base = config.dump() | {"sweep": None, "objective": _renamed(config, config.objective_name)}
         self.dimensions: tuple[Choice | Interval, ...] = tuple(
             _dimension(key, found, config) for key, found in config.sweep.space.items()
         )

@@ -26,8 +26,10 @@ class Dpo(Objective):
     """L = −E log σ(β ℓ(y_w) − β ℓ(y_l)), ℓ(y) = Σ_t log π(y_t)/π_ref(y_t).
 
     "From r to Q*" (arXiv 2404.12358, Eq. 9) shows that this is also the token-level loss: the value of the prompt cancels.
-    `nll_weight` adds the per-token cross-entropy of the chosen response (as in iterative RPO, arXiv 2404.19733), which
-    holds the chosen likelihood up. Own metric: `nll`, that cross-entropy in nats per token.
+    `nll_weight` adds the cross-entropy of the chosen responses, which holds their likelihood up: the mean over all their
+    tokens in the step, as in SFT, so that long responses weigh more. TRL's loss type `sft` takes the same mean, over the
+    tokens of one device's batch. Iterative RPO (arXiv 2404.19733, version 3) has the mean over responses of each one's
+    cross-entropy per token instead. Own metric: `nll`, in nats per token.
     """
 
     needs: ClassVar[Needs] = Needs(records=frozenset({"preference"}), reference="token")
@@ -38,7 +40,7 @@ class Dpo(Objective):
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """ε: share of labels taken to be flipped."""
     nll_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    """Coefficient of the likelihood term on the chosen response."""
+    """Coefficient of the cross-entropy per token of the chosen responses."""
 
     def weight(self, batch: Batch) -> dict[str, Tensor]:
         weight = {"preference": batch.weight.sum()}

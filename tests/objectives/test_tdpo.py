@@ -25,17 +25,26 @@ def worked() -> tuple[Batch, PolicyOut, Tensor]:
 def test_worked(variant):
     """β 0.1: u = 0.5, δ = 0.1 (4 − 1) = 0.3; with α = 1 −log σ(0.2) = 0.598139, with α = 0.5 −log σ(0.35) = 0.533382."""
     batch, out, _ = worked()
-    whole, half = Tdpo(variant=variant, alpha=1.0), Tdpo(variant=variant)
+    whole, half = Tdpo(variant=variant, alpha=1.0), Tdpo(variant=variant, alpha=0.5)
     assert loss_of(whole, out, batch).item() == pytest.approx(0.598139, abs=1e-6)
     assert loss_of(half, out, batch).item() == pytest.approx(math.log1p(math.exp(-0.35)), abs=1e-6)
     torch.testing.assert_close(half.implied_reward(out, batch), torch.tensor([[0.25, -0.1]]))
+
+
+@pytest.mark.parametrize(("variant", "loss"), [(1, 0.598139), (2, 0.533382)])
+def test_each_variant_alone_is_the_papers(variant, loss):
+    """TDPO₁ is −log σ(u − δ), TDPO₂ −log σ(u − δ/2): in a dump and under a changed β as well, and what is set stays."""
+    batch, out, _ = worked()
+    assert loss_of(Tdpo(variant=variant), out, batch).item() == pytest.approx(loss, abs=1e-6)
+    assert Tdpo(**Tdpo(variant=variant).model_dump()) == Tdpo(variant=variant)
+    assert Tdpo(variant=variant, alpha=0.25).alpha == 0.25
 
 
 @pytest.mark.parametrize(("variant", "chosen"), [(1, -1.0), (2, 0.0)])
 def test_the_chosen_kl_has_a_gradient_in_the_first_variant_alone(variant, chosen):
     """∂L/∂D(y_l) = αβ σ(−(u − αδ)); D(y_w) the opposite, so that variant 1 raises it, or nothing."""
     batch, out, kl = worked()
-    (grad,) = torch.autograd.grad(loss_of(Tdpo(variant=variant), out, batch), kl)
+    (grad,) = torch.autograd.grad(loss_of(Tdpo(variant=variant, alpha=0.5), out, batch), kl)
     slope = 0.5 * 0.1 / (1 + math.exp(0.35))
     torch.testing.assert_close(grad.flatten(), torch.tensor([chosen * slope, slope]))
 
@@ -49,7 +58,7 @@ def test_without_kl_it_is_dpo(variant):
 def test_both_variants_have_one_value_and_one_gradient_on_the_log_probs():
     batch = make_batch(LENGTHS["preference"], weight=[1, 2, 0.5, 0])
     raw = make_raw(batch)
-    losses = [loss_of(Tdpo(variant=v), as_out(raw, batch, Tdpo.needs), batch) for v in (1, 2)]
+    losses = [loss_of(Tdpo(variant=v, alpha=0.5), as_out(raw, batch, Tdpo.needs), batch) for v in (1, 2)]
     grads = [torch.autograd.grad(loss, raw)[0] for loss in losses]
     torch.testing.assert_close(losses[0], losses[1])
     torch.testing.assert_close(grads[0][..., LOGPROB], grads[1][..., LOGPROB])

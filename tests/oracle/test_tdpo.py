@@ -42,6 +42,13 @@ def test_its_own_optimum_explains_the_labels(alpha):
     torch.testing.assert_close(constant, constant[:, :1].expand_as(constant), rtol=0, atol=1e-12)
 
 
+def test_variant_1_alone_reaches_the_papers_optimum():
+    """π ∝ π_ref · exp(Q_{π_ref}/β), Q_{π_ref} the plain expected reward of going on with the reference."""
+    mdp = small()
+    policy = fit(mdp, Tdpo(beta=BETA, variant=1), soft_pairs(mdp))
+    assert abs(kl(policy.logprob(), tdpo_optimum(mdp, 1.0))) < 1e-10
+
+
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
 def test_variant_1_with_soft_labels_reaches_its_own_optimum(alpha):
     mdp, own = small(), tdpo_optimum(small(), alpha)

@@ -75,6 +75,13 @@ def test_a_swept_beta_outdoes_the_one_that_comes_with_a_divergence(space) -> Non
     assert {s["objective.beta"] for s in settings(alone)} == {0.1, 0.01, 1e-5}
 
 
+def test_what_a_default_depends_on_can_be_swept(space) -> None:
+    found = space("objective.variant=[1,2]", "!objective={name: tdpo}")
+    assert [found.configure(point)[0].objective.alpha for point in found.grid()] == [1.0, 0.5]
+    found = space("objective.variant=[1,2]", "!objective={name: tdpo, alpha: 0.3}")
+    assert [found.configure(point)[0].objective.alpha for point in found.grid()] == [0.3, 0.3]
+
+
 def test_objectives_differ_in_their_keys(space) -> None:
     found = space("objective.name=[dpo,simpo]", "objective.gamma=[0.2,0.4]")
     applied = [found.configure(point)[1] for point in found.grid()]
