@@ -20,6 +20,7 @@ from pipeline.dialogues import kind_of
 _GROUPED = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?")
 """A number with a comma after each third digit."""
 _FIRST_NUMBER = re.compile(r"-?[$€£]?\s?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+_PERCENT = re.compile(r"\s*(?:\\?%|per\s?cent)$", re.IGNORECASE)
 _MARKS = " *_`$(){}[]\\"
 """What people put around an answer."""
 
@@ -119,7 +120,8 @@ def matches(said: str, right: str, within: bool = True) -> bool:
 
 
 def _number(text: str) -> Decimal | None:
-    """A number as people write it: with a currency sign in front, with commas between thousands."""
+    """A number as people write it: with a currency sign in front, commas between thousands, a percent sign behind it."""
+    text = _PERCENT.sub("", text)
     sign, bare = ("-", text[1:]) if text.startswith("-") else ("", text)
     bare = sign + bare.lstrip("$€£ ")
     try:

@@ -126,6 +126,15 @@ def test_a_missing_column_is_a_record_with_an_error_and_mappings_are_part_of_the
         ("18.", " 18 ", True),
         ("1,00", "100", False),  # no separator of thousands
         ("18", "81", False),
+        ("50 %", "50%", True),
+        ("50 percent", "50%", True),
+        ("50 Per Cent.", r"$50\%$", True),
+        ("12.5%", "12.50 %", True),
+        ("1,000 %", "1000%", True),
+        ("-5 %", "-5%", True),
+        ("50 %", "5%", False),
+        ("5 0%", "50%", False),
+        ("%", "percent", False),
         ("a  cat.", "a cat", True),
         ("A cat", "a cat", False),
         ("nan", "nan", True),  # a word, not a number
@@ -143,6 +152,7 @@ def test_answers_match_as_numbers_else_as_text(one, other, same):
     [
         ("The answer is 18 dollars.", "18", True),
         ("ANSWER: 18%", "18", True),
+        ("ANSWER: 18 percent of them", "18 %", True),
         (r"so \boxed{18}", "18", True),
         ("Answer: **18**", "18", True),
         ("A: 5. I checked it 3 times", "5", True),
