@@ -53,6 +53,15 @@ def tiny(name: str = "llama") -> torch.nn.Module:
     return model
 
 
+@pytest.mark.parametrize("filters", [Filters(temperature=2e-38), Filters(top_p=1e-37), Filters(1e-30, top_p=1e-37)])
+def test_filters_at_the_edge_of_float32_leave_the_likeliest_token(filters):
+    logits = torch.randn(20, 40, generator=torch.Generator().manual_seed(0)) * 10
+    streams = [stream(0, i, 0, logits.device) for i in range(len(logits))]
+    token, logprob = next_tokens(logits, filters, torch.tensor([2]), 0, streams)
+    assert torch.equal(token, logits.argmax(-1))
+    torch.testing.assert_close(logprob, logits.log_softmax(-1).amax(-1))
+
+
 def sample(model, prompts, config: SamplingConfig, ends, pad, keys, progress=None, min_p=0.0) -> list[Completion]:
     """The decoder `sampling` with a model of its own."""
     tools = Tools(config, DecodingConfig(min_p=min_p), ends, pad, {"policy": model}, progress=progress)

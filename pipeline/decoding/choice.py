@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 
 
+COLD = 1e-30
+"""A temperature up to this one takes the likeliest token: float32 could not hold logits divided by it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Filters:
     """Which tokens may be drawn. Temperature comes first, then top-k, top-p and min-p."""
@@ -35,7 +39,7 @@ def next_tokens(
     The log-probability is the model's own: without temperature and filters.
     """
     scores = barred(logits, ends) if step < filters.min_new_tokens else logits
-    if filters.temperature > 0:
+    if filters.temperature > COLD:
         scores = _filtered(scores / filters.temperature, filters) + gumbel(streams, logits)
     token = scores.argmax(-1)
     return token, logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)
@@ -75,7 +79,7 @@ def _nucleus_border(probs: Tensor, mass: float) -> Tensor:
     while len(open_rows):
         top = probs[open_rows].topk(min(count, vocabulary)).values
         before = top.cumsum(-1) - top
-        last = (before < mass).sum(-1, keepdim=True) - 1
+        last = ((before < mass).sum(-1, keepdim=True) - 1).clamp(min=0)  # float32 holds no mass below 1e-45
         border[open_rows] = top.gather(-1, last)
         found = before[:, -1] >= mass
         open_rows = open_rows[~found] if count < vocabulary else open_rows[:0]

@@ -126,7 +126,8 @@ def unusable(ids: Sequence[int], context: int | None, new_tokens: int) -> str | 
 
 
 def portions(prompts: Sequence[Prompt], size: int) -> list[list[int]]:
-    """Places of the prompts, `size` at a time: longest first, so that batches hold little padding, and a batch too large
-    for the memory shows at once."""
+    """Places of the prompts, `size` (at least one) at a time: longest first, so that batches hold little padding, and a batch
+    too large for the memory shows at once."""
+    size = max(1, size)
     order = sorted(range(len(prompts)), key=lambda p: -len(prompts[p].ids))
-    return [order[start : start + size] for start in range(0, len(order), max(1, size))]
+    return [order[start : start + size] for start in range(0, len(order), size)]

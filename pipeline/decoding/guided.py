@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.decoding.choice import barred, gumbel, stream
+from pipeline.decoding.choice import COLD, barred, gumbel, stream
 from pipeline.decoding.contract import Completion, Prompt, Role, Tools, check_lengths, portions
 from pipeline.decoding.prefixes import Prefixes
 from pipeline.decoding.sampling import begin
@@ -105,7 +105,7 @@ def _decode(tools: Tools, draws: list[Draw], value: Value, roller: Role) -> list
         fork = Fork([row.draw for row in rows], [row.token_ids for row in rows], candidates)
         worth = value(tools, fork, models[roller]).to(logprobs)
         failed = (worth.isnan() & logprobs.isfinite()).any(-1)
-        guided_by = (logprobs + worth / tools.decoding.alpha).log_softmax(-1)
+        guided_by = (logprobs + _divided(worth, tools.decoding.alpha)).log_softmax(-1)
         place = _choose(guided_by.nan_to_num(nan=float("-inf")), settings.temperature, streams)
         token = candidates.gather(-1, place).squeeze(-1)
         own = guided_by.gather(-1, place).squeeze(-1)
@@ -133,9 +133,17 @@ def _candidates(tools: Tools, reference: Prefixes, step: int) -> tuple[Tensor, T
     return found.indices, found.values - reference.logits.logsumexp(-1, keepdim=True)
 
 
+def _divided(worth: Tensor, alpha: float) -> Tensor:
+    """Q/α [A, k]; where float32 cannot hold it, of Q's distance from the best candidate's: the same distribution."""
+    divided = worth / alpha
+    if bool((divided.isinf() & worth.isfinite()).any()):
+        return (worth - worth.amax(-1, keepdim=True)) / alpha
+    return divided
+
+
 def _choose(logprobs: Tensor, temperature: float, streams: Sequence[torch.Generator]) -> Tensor:
     """Place of the chosen candidate, [A, 1]."""
     scores = logprobs
-    if temperature > 0:
+    if temperature > COLD:
         scores = logprobs / temperature + gumbel(streams, logprobs)
     return scores.argmax(-1, keepdim=True)

@@ -66,6 +66,23 @@ def model() -> torch.nn.Module:
     return tiny()
 
 
+def test_with_fewer_sequences_at_a_time_than_beams_each_prompt_is_searched_alone(model):
+    prompts = [ids for ids in PROMPTS if len(ids) > 1]
+    at_once = searched(model, prompts, [2], beams=4)
+    for size in (1, 2, 3, 4):
+        found = searched(model, prompts, [2], beams=4, batch_size=size)
+        assert [c.token_ids for c in found] == [c.token_ids for c in at_once]
+        assert [c.score for c in found] == [pytest.approx(c.score, abs=1e-5) for c in at_once]
+
+
+@pytest.mark.parametrize("penalty", [-50, 50])
+@pytest.mark.parametrize("early", [False, "never"])
+def test_a_length_penalty_at_its_bounds_scores_every_length(model, penalty, early):
+    for completion in searched(model, PROMPTS[:3], [2], beams=2, length_penalty=penalty, early_stopping=early):
+        expected = sum(completion.logprobs) / len(completion.token_ids) ** penalty
+        assert completion.score == pytest.approx(expected, rel=1e-4)
+
+
 EARLY = [False, True, "never"]
 MANY = [2, 3, 4, 5, 6, 7, 8, 9]
 

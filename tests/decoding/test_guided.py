@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.decoding import args, controlled, proxy, transfer_q
 from pipeline.decoding.contract import Completion, Prompt, Tools
-from pipeline.decoding.guided import Draw, Fork, guided
+from pipeline.decoding.guided import Draw, Fork, _divided, guided
 from pipeline.decoding.prefixes import Prefixes
 from pipeline.decoding.rollouts import mean_by_owner, roll_out
 from pipeline.errors import UserError
@@ -58,6 +58,13 @@ def test_direct_transfer_is_the_tilted_reference():
     baseline = aligned(mdp, mdp.token_reward)
     found = transfer_q.decode(guided_tools(mdp, baseline, {"scorer": mdp.token_reward}), prompts_of(mdp), every_rollout)
     assert agree(mdp, found, expected(mdp, values_after(mdp, baseline, mdp.token_reward))) > 10
+
+
+def test_where_the_values_outweigh_what_float32_holds_the_best_candidate_is_taken():
+    worth = torch.tensor([[-3.0, 5.0, 4.0], [2.0, 1.0, -9.0]])
+    logprobs = torch.tensor([[0.1, 0.2, 0.7], [0.1, 0.8, 0.1]]).log()
+    assert (logprobs + _divided(worth, 1e-38)).log_softmax(-1).exp().tolist() == [[0, 1, 0], [1, 0, 0]]
+    assert torch.equal(_divided(worth, 0.5), worth / 0.5)
 
 
 def test_controlled_gives_the_references_own_value():
