@@ -39,12 +39,12 @@ def preview(config: RunConfig) -> str:
     with TemporaryDirectory() as work:
         plan(config.data.eval_sources, Path(work), key="data.eval_sources")
         reading = plan(config.data.sources, Path(work), chunk_bytes=data.CHUNK_BYTES)
-        found, lengths, first = look(config, tokenizer, reading.chunks[: LOOK_AT_BYTES // data.CHUNK_BYTES])
+        found, lengths, first, warnings = look(config, tokenizer, reading.chunks[: LOOK_AT_BYTES // data.CHUNK_BYTES])
     whole = found.records == reading.records
     if whole or not found.rows:
         data.refuse(config.data, found, "--dry-run writes no quarantine file")
     lines = [] if whole else [f"looked at the first {found.records:,} of {reading.records:,} records:"]
-    lines.append(describe(found))
+    lines += [describe(found), *(f"warning    {warning}" for warning in warnings)]
     rows = max(1, round(reading.records * found.rows / found.records * (1 - config.data.eval_fraction)))
     steps = config.train.epochs * steps_per_epoch(rows, config.train.rows_per_step)
     lines.append(
@@ -58,11 +58,12 @@ def preview(config: RunConfig) -> str:
 
 def look(
     config: RunConfig, tokenizer: Any, chunks: Sequence[Chunk]
-) -> tuple[Summary, list[int], tuple[str, list[str]] | None]:
-    """Read and tokenise some chunks: what became of their records, the rows' lengths, and a first row with its source."""
+) -> tuple[Summary, list[int], tuple[str, list[str]] | None, list[str]]:
+    """Read and tokenise some chunks: what became of their records, the rows' lengths, a first row with its source, and warnings."""
     from pipeline.data import make_rows, summarise
     from pipeline.layouts import parse
     from pipeline.rendering import Renderer
+    from pipeline.rows import weightless
     from pipeline.sources import read
 
     render = Renderer(tokenizer, config.data)
@@ -71,10 +72,11 @@ def look(
     lengths = [len(row["prompt_ids"]) + sum(map(len, row["response_ids"])) for row in rows]
     found = summarise([part.counts() for part in made])
     if not rows:
-        return found, lengths, None
+        return found, lengths, None, []
+    warnings = weightless(config.data, *(np.array([row[name] for row in rows]) for name in ("weight", "source_index")))
     raw = next(raw for chunk in chunks for raw in read(chunk) if raw.row_id == rows[0]["row_id"])
     rendered = render(parse(raw.content(), config.data.kind, config.data.ties))
-    return found, lengths, (raw.source, sample(tokenizer, rendered, config.data.kind))
+    return found, lengths, (raw.source, sample(tokenizer, rendered, config.data.kind)), warnings
 
 
 def histogram(lengths: np.ndarray, bins: int = 8) -> list[str]:

@@ -190,6 +190,8 @@ def _train(config: RunConfig, prepared: Prepared, run: Path, tracker: Tracker, l
         logger.warning(
             "data.sources: the shares leave out %d of %d rows", split.left_out, split.left_out + len(split.train)
         )
+    for warning in rows.weightless(config.data, split):
+        logger.warning("%s", warning)
     plan = Plan(config, rows.lengths[split.train])
 
     def introduce() -> int:  # beside the workers' start: importing MLflow and opening its database takes seconds

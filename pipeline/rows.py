@@ -163,6 +163,12 @@ class Rows:
         """Where the row came from, `file:line`."""
         return _cell(self._table, "source", self._place(position))
 
+    def weightless(self, data: DataConfig, split: Split) -> list[str]:
+        """Warnings about sources all of whose rows have weight 0."""
+        positions = np.concatenate([split.train, split.eval])
+        weights = self._ordered(self._table.column("weight").to_numpy())
+        return weightless(data, weights[positions], self.source_index[positions])
+
     def trained_tokens(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
         """Of all responses of each of these rows together: those that are the policy's. [n]"""
         responses, trained = self._table.column("response_ids"), self._table.column("trained")
@@ -190,6 +196,17 @@ class Rows:
         train = _positions(training)
         mixed = _mix(train, self.source_index[train], [source.share for source in data.sources], seed)
         return Split(mixed, _positions(held_out), len(train) - len(mixed))
+
+
+def weightless(data: DataConfig, weights: np.ndarray, source_index: np.ndarray) -> list[str]:
+    """Warnings about sources all of whose rows have weight 0. weights, source_index [n]"""
+    sources = [(f"data.sources.{i}", source) for i, source in enumerate(data.sources)]
+    sources += [(f"data.eval_sources.{i}", source) for i, source in enumerate(data.eval_sources)]
+    found = np.setdiff1d(source_index, source_index[weights > 0])
+    return [
+        f"{key}: all rows of {source.path} have weight 0, so that no loss counts them; remove the source or the weights"
+        for key, source in (sources[i] for i in found)
+    ]
 
 
 def _positions(chosen: np.ndarray) -> np.ndarray:

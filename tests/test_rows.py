@@ -114,6 +114,17 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
     assert not is_finished(folder)
 
 
+def test_a_source_whose_rows_all_weigh_nothing_is_named(tmp_path: Path) -> None:
+    rows = [row(i, source=i % 3) | {"weight": float(i % 3 == 1 and i > 1)} for i in range(9)]
+    config = data(sources=[{"path": "a"}, {"path": "b"}], eval_sources=[{"path": "c"}])
+    prepared = Rows(write(tmp_path / "rows", rows))
+    warnings = prepared.weightless(config, prepared.split(config, seed=0))
+    assert [warning.partition(",")[0] for warning in warnings] == [
+        "data.sources.0: all rows of a have weight 0",
+        "data.eval_sources.0: all rows of c have weight 0",
+    ]
+
+
 def test_a_share_that_uses_no_row_is_refused(tmp_path: Path) -> None:
     rows = Rows(write(tmp_path / "rows", [row(i, source=int(i >= 30)) for i in range(50)]))
     with pytest.raises(ConfigError, match=r"data\.sources\.1\.share"):
