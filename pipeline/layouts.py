@@ -33,6 +33,8 @@ from pipeline.dialogues import (
 from pipeline.records import RECORDS, Message, Record, RecordKind
 from pipeline.trajectories import RESPONSES, trajectories
 
+LIGHTEST, HEAVIEST = 1e-30, 1e30
+"""Weights of records, unless they are 0: float32 holds the sum of a step's, times losses and tokens, without overflow or loss."""
 LABELS: dict[str | int | float, bool] = {"good": True, "bad": False, 1: True, 0: False}
 """Labels of an unpaired response; true and false are 1 and 0 to Python."""
 
@@ -45,7 +47,7 @@ def parse(value: Mapping[str, Any], kind: RecordKind, ties: str = "refuse") -> R
     """
     given = {field: content for field, content in value.items() if content is not None}
     if "weight" in given:
-        check_number(given["weight"], "weight")
+        _check_weight(given["weight"])
     try:
         record = RECORDS[kind].model_validate(_LAYOUTS[kind](given) | {"weight": given.get("weight", 1.0)})
     except ValidationError as error:
@@ -54,6 +56,14 @@ def parse(value: Mapping[str, Any], kind: RecordKind, ties: str = "refuse") -> R
     if kind == "ranking" and ties == "refuse" and record.tied:
         raise ValueError("tied ranks")
     return record
+
+
+def _check_weight(weight: Any) -> None:
+    check_number(weight, "weight")
+    if weight < 0:
+        raise ValueError("negative weight")
+    if weight and not LIGHTEST <= weight <= HEAVIEST:
+        raise ValueError("weight beyond float32")
 
 
 def parse_prompt(value: Mapping[str, Any]) -> str | list[Message]:

@@ -52,6 +52,11 @@ def trajectories(given: dict[str, Any]) -> dict[str, Any]:
     if isinstance(prompt, list) and any(steps["steps"][0]["role"] == "environment" for _, steps in found):
         raise ValueError("a trajectory of a dialogue begins with the environment; put that into the prompt")
     ways = [way for _, way in found]
+    for way in ways:
+        if abs(way["reward"]) + sum(abs(step.get("reward", 0.0)) for step in way["steps"]) > _FLOAT32_MAX:
+            raise ValueError("rewards whose sum is beyond float32")
+        if sum(abs(step.get("logprob", 0.0)) for step in way["steps"]) > _FLOAT32_MAX:
+            raise ValueError("logprobs whose sum is beyond float32")
     _refuse_contradictions(ways)
     return {"prompt": prompt, "trajectories": ways}
 
@@ -189,4 +194,6 @@ def _logprob(value: Any) -> float:
     check_number(value, "logprob")
     if value > 0:
         raise ValueError("positive logprob")
+    if value < -_FLOAT32_MAX:
+        raise ValueError("logprob beyond float32")
     return float(value)
