@@ -88,7 +88,8 @@ class RunConfig(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
     """Human part of the run's folder; the rest is a hash of what changes the run's meaning."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of the order of rows, new weights, dropout and generation."""
     storage: Annotated[Name, AfterValidator(_absolute), Field(validate_default=True)] = "outputs"
     """Folder for caches, runs and the MLflow database; on a cluster, a path that all nodes share."""
     checkpoint_from: str | None = None

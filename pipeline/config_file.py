@@ -8,6 +8,7 @@ starts. The precedence is overrides > YAML > defaults; nothing is changed after 
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,14 @@ def _one_line(error: ValidationError, plain: Mapping[str, Any]) -> str:
         elif problem["type"] == "missing":
             message = "missing; set it"
         elif problem["type"] != "value_error":
-            message = f"{message[:1].lower()}{message[1:]}, not {problem['input']!r}"
+            message = f"{message[:1].lower()}{message[1:]}, not {_shown(problem['input'])}"
         problems.append(f"{key}: {message}" if key else message)
     return " ".join(" | ".join(problems).split())
+
+
+def _shown(value: Any) -> str:
+    """The value as Python writes it; of a number of many digits, the first and the last ones."""
+    return reprlib.repr(value) if isinstance(value, int) else repr(value)
 
 
 def _known_keys(location: tuple[int | str, ...], plain: Mapping[str, Any]) -> list[str]:

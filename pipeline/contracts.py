@@ -18,10 +18,11 @@ from typing import ClassVar, Literal
 
 import pyarrow as pa
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 from torch import Tensor
 
 from pipeline.records import RecordKind
+from pipeline.sections.base import representable
 
 # --------------------------------------------------------------------------------------------------- rows
 
@@ -222,6 +223,7 @@ class Objective(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
     needs: ClassVar[Needs]
     alarms: ClassVar[tuple[Alarm, ...]] = ()
+    _numbers = field_validator("*")(representable)
     bradley_terry: ClassVar[bool] = False
     """Whether σ(implied reward − implied reward) is the probability that the loss gives a preference: it can be calibrated."""
 

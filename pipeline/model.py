@@ -256,6 +256,9 @@ def add_lora(lm: nn.Module, lora: LoraSection, task: str = "CAUSAL_LM") -> Any:
     """Inject adapters into `lm` in place; returns peft's handle. Only the adapters stay trainable."""
     import peft
 
+    widest = max((max(m.weight.shape) for m in lm.modules() if isinstance(m, nn.Linear)), default=lora.r)
+    if lora.r > widest:
+        raise ConfigError(f"model.lora.r: {lora.r} exceeds the width of the model's widest layer, {widest}; lower it")
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     settings = peft.LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type=task

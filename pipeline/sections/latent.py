@@ -21,5 +21,5 @@ class LatentConfig(Section):
     """Whether the language model's own weights move. With `model.lora` its adapters do, and they alone."""
     positions: bool = False
     """Tell the block where in the prompt a token stands; without, as published, a prompt is a bag of tokens to it."""
-    inner: Annotated[int, Field(ge=1)] | None = None
+    inner: Annotated[int, Field(ge=1, le=2**20)] | None = None
     """Width of the block's feed-forward layer; default: the language model's own."""

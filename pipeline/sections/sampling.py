@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.sections.base import Count, Name, Positive, Section
+from pipeline.sections.base import Copies, Count, Name, Positive, Section
 from pipeline.sections.data import Source, TrajectoryColumns, check_answer_pattern
 
 
@@ -21,7 +21,7 @@ class SamplingConfig(Section):
     top_k: Annotated[int, Field(ge=0)] = 0
     """0 = off."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    per_prompt: Count = 1
+    per_prompt: Copies = 1
     """Completions per prompt."""
     batch_size: Count = 64
     """Sequences decoded at a time on one actor."""
@@ -59,18 +59,18 @@ class DecodingConfig(Section):
     """sampling, best_of_n: `vllm` needs a GPU and its package, and draws with other random numbers; `auto`: where both are there."""
     engine_memory: Annotated[float, Field(gt=0, le=1)] = 0.8
     """vllm: its share of the GPU's memory; other models need the rest."""
-    beams: Count = 4
-    length_penalty: float = 1.0
+    beams: Copies = 4
+    length_penalty: Annotated[float, Field(ge=-50, le=50)] = 1.0
     """beam: a response of n tokens scores Σ log π / n^length_penalty."""
     early_stopping: bool | Literal["never"] = False
     """beam: when a prompt with enough finished responses is done; as in transformers."""
-    n: Count = 8
+    n: Copies = 8
     """best_of_n, vote: samples per completion."""
     candidates: Count = 10
     """args, controlled, transfer_q: likeliest tokens of the reference that are looked at."""
     alpha: Positive = 1.0
     """args, controlled, transfer_q: π ∝ π_ref · exp(Q/α); the smaller, the further from the reference."""
-    rollouts: Count = 2
+    rollouts: Copies = 2
     """controlled, transfer_q: sampled continuations per candidate."""
     rollout_tokens: Count | None = None
     """Tokens of one, at most; default: to `sampling.max_new_tokens`."""
@@ -86,7 +86,7 @@ class DecodingConfig(Section):
     """transfer_q, indirect: strength of the baseline's leash; default: objective.beta."""
     base: Name | None = None
     """proxy: the model that the policy's change is added to; default: the reference."""
-    weight: float = 1.0
+    weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
     """proxy: how much of the change is added."""
     logprobs: tuple[Literal["policy", "reference"], ...] = ("policy", "reference")
     """Models whose log-probabilities of the tokens are written; one that the decoder has no other use for is loaded for them."""
@@ -101,7 +101,7 @@ class EvaluationConfig(Section):
     """Names of `pipeline.evaluation.EVALUATORS`; default: all, those of samples where a scorer is set or --sample is given."""
     against: Name | None = None
     """A second model, run or checkpoint, whose samples of the same prompts are compared with the policy's."""
-    bins: Annotated[int, Field(ge=2)] = 10
+    bins: Annotated[int, Field(ge=2, le=1000)] = 10
     """Bins of the reliability diagrams, all of the same width."""
     answer: Name = "answer"
     """For the scorer `verifiable`: the prompts' column with the right answer (dotted where nested)."""

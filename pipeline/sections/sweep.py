@@ -18,7 +18,7 @@ class Range(Section):
     log: bool = False
     """Even on a logarithmic scale."""
     integer: bool = False
-    points: Annotated[int, Field(ge=2)] = 5
+    points: Annotated[int, Field(ge=2, le=1000)] = 5
     """How many of them a grid takes, both ends included."""
 
     @model_validator(mode="after")
