@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 COLD = 1e-30
 """A temperature up to this one takes the likeliest token: float32 could not hold logits divided by it."""
 
