@@ -69,7 +69,8 @@ def evaluation_of(config: RunConfig, local: bool, sample: bool = False) -> tuple
 
     check(config)
     prepared = driver.prepare(config, local)
-    own, identity = driver.open_run(config, prepared)
+    named = config.checkpoint_from is not None
+    own, identity = (driver.run_of if named else driver.trained_run)(config, prepared)
     study = open_study(config, prepared, own, local, sample)
     title = f"{config.name}: {config.objective_name} on {config.checkpoint_from or own.name}"
     found = combine(title, measure_all(study))
@@ -89,6 +90,7 @@ def evaluation_of(config: RunConfig, local: bool, sample: bool = False) -> tuple
 
 def check(config: RunConfig) -> None:
     """What can be known to fail from the configuration and the files it names. Raises ConfigError."""
+    from pipeline import driver
     from pipeline.evaluation import EVALUATORS
     from pipeline.evaluation.diversity import check_library
     from pipeline.evaluation.planted import KEY
@@ -110,9 +112,8 @@ def check(config: RunConfig) -> None:
     for key, path in (("checkpoint_from", config.checkpoint_from), ("evaluation.against", config.evaluation.against)):
         if path is not None:
             _check_model(config, path, key)
-    runs = Path(config.storage) / "runs"
-    if config.checkpoint_from is None and not any(runs.glob(f"{config.name}-*/run.json")):
-        raise ConfigError(f"checkpoint_from: there is no run {config.name} in {runs}; train it first, or name a model")
+    if config.checkpoint_from is None:
+        driver.check_trained(config)
 
 
 def _check_model(config: RunConfig, path: str, key: str) -> None:

@@ -25,8 +25,9 @@ def run(config: RunConfig, options: argparse.Namespace) -> None:
     from pipeline import checkpoint, driver
     from pipeline.export import export
 
+    driver.check_trained(config)
     prepared = driver.prepare(config, options.local)
-    folder, _ = driver.open_run(config, prepared)
+    folder, _ = driver.trained_run(config, prepared)
     chosen = options.checkpoint or (checkpoint.best(folder) if options.best else checkpoint.latest(folder))
     if options.checkpoint is not None and not (options.checkpoint / checkpoint.STATE).is_file():
         raise ConfigError(
@@ -34,7 +35,7 @@ def run(config: RunConfig, options: argparse.Namespace) -> None:
         )
     if chosen is None:
         raise ConfigError(f"{folder}: has no such checkpoint yet; run `qalign train` with this configuration first")
-    print(export(config, chosen, prepared.model, options.to))
+    print(export(config, chosen, prepared.model, options.to, prepared.rows))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from pipeline.config import ConfigError, RunConfig
 from pipeline.contracts import Batch, PolicyOut
-from pipeline.model import add_lora, recompute_layers, remove_dropout, unflatten
+from pipeline.model import add_lora, merge_lora, recompute_layers, remove_dropout, unflatten
 from pipeline.pretrained import load_backbone, load_config, precision
 from pipeline.scalar_head import ScalarHead
 from pipeline.trunk import Layout, choose_layout, token_states
@@ -67,14 +66,19 @@ def load_critic(config: RunConfig, path: str) -> Critic:
     return critic
 
 
-def save_critic(critic: Critic, folder: Path, dtype: torch.dtype) -> None:
-    """Write a trained critic as a folder that `load_trained_critic` reads: the trunk, adapters merged, and the head."""
+def merge_critic(critic: Critic) -> None:
+    """Fold the trunk's adapters, if it has some, into its weights (for export; ends training)."""
+    adapter = getattr(critic, "adapter", None)
+    if critic.trunk is not None and adapter is not None:
+        merge_lora(critic.trunk, adapter)
+
+
+def save_critic(critic: Critic, folder: Path) -> None:
+    """Write a trained and merged critic as a folder that `load_trained_critic` reads: the trunk, and the head."""
     from safetensors.torch import save_file
 
-    critic.to(dtype)
     if critic.trunk is not None:
-        adapter = getattr(critic, "adapter", None)
-        (critic.trunk if adapter is None else adapter.merge_and_unload()).save_pretrained(folder)
+        critic.trunk.save_pretrained(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: p.detach().contiguous() for name, p in critic.head.named_parameters()}, folder / HEAD)
 

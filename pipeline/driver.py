@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import checkpoint, cluster, data, preflight, reference
-from pipeline.config import RunConfig, digest
+from pipeline.config import ConfigError, RunConfig, digest
 from pipeline.durable import write_json
 from pipeline.errors import Leaving
-from pipeline.export import EXPORT, RUN_FILE, export
+from pipeline.export import EXPORT, RUN_FILE, export, mend_export
 from pipeline.fencing import Lease
 from pipeline.gauges import Gauges
 from pipeline.loop import Job, train_worker
@@ -59,7 +59,8 @@ class Result:
 def prepare(config: RunConfig, local: bool = False, train: bool = False) -> Prepared:
     """Weights located, rows tokenised, reference scored; all cached. train: begin to start Ray Train meanwhile."""
     preflight.check(config, local)
-    cache = Path(config.storage) / "cache"
+    cache, trust = Path(config.storage) / "cache", config.model.trust_remote_code
+    mend_export(config.model.path, cache, "model.path", trust)
     model = locate(config.model.path, cache)
     if not local:
         cluster.import_beside("transformers.models.auto.tokenization_auto", *(["pipeline.elastic"] if train else []))
@@ -69,7 +70,10 @@ def prepare(config: RunConfig, local: bool = False, train: bool = False) -> Prep
 
             start_coordinator()
     preflight.check_lengths(config, model)
-    frozen = locate(config.model.reference, cache, "model.reference") if config.model.reference else model
+    frozen = model
+    if config.model.reference:
+        mend_export(config.model.reference, cache, "model.reference", trust)
+        frozen = locate(config.model.reference, cache, "model.reference")
     needs = config.objective.needed()
     if frozen != model:
         preflight.check_vocabularies(config, model, frozen, "model.reference")
@@ -95,6 +99,7 @@ def fit(config: RunConfig, local: bool = False, report: Callable[[Result, Tracke
     prepared = prepare(config, local, train=True)
     run, identity = open_run(config, prepared)
     tracker = start(config, run, identity)
+    mend_export(str(run), Path(config.storage) / "cache", "storage", config.model.trust_remote_code)
     finished, status = (run / EXPORT).is_dir(), "FAILED"
     if finished and not tracker.owes("FINISHED"):
         return Result(prepared, run, run / EXPORT, last_metrics(run), tracker.location, already_finished=True)
@@ -106,7 +111,7 @@ def fit(config: RunConfig, local: bool = False, report: Callable[[Result, Tracke
             _train(config, prepared, run, tracker, local)
             newest = checkpoint.latest(run)
             assert newest is not None
-            export(config, newest, prepared.model, run / EXPORT)
+            export(config, newest, prepared.model, run / EXPORT, prepared.rows)
         tracker.log_summary({f"final/{name}": value for name, value in last_metrics(run).items()})
         tracker.log_model_reference(run / EXPORT, config.tracking.copy_model, config.tracking.register_as)
         result = Result(prepared, run, run / EXPORT, last_metrics(run), tracker.location, already_finished=finished)
@@ -122,7 +127,38 @@ def fit(config: RunConfig, local: bool = False, report: Callable[[Result, Tracke
 
 
 def open_run(config: RunConfig, prepared: Prepared) -> tuple[Path, str]:
-    """The run's folder, named by what changes the run's meaning; made if it is new."""
+    """The run's folder and identity; made if it is new."""
+    run, identity = run_of(config, prepared)
+    if not (run / RUN_FILE).is_file():
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(run / RUN_FILE, {"identity": identity, "model": prepared.model, "config": redacted(config.dump())})
+    return run, identity
+
+
+def trained_run(config: RunConfig, prepared: Prepared) -> tuple[Path, str]:
+    """The same for what reads a run: raises ConfigError where this configuration was never trained, and makes nothing."""
+    run, identity = run_of(config, prepared)
+    if not (run / RUN_FILE).is_file():
+        raise ConfigError(untrained(config))
+    return run, identity
+
+
+def check_trained(config: RunConfig) -> None:
+    """Raises ConfigError where no run of any configuration has this name: known before anything is prepared."""
+    if not any((Path(config.storage) / "runs").glob(f"{config.name}-*/{RUN_FILE}")):
+        raise ConfigError(untrained(config))
+
+
+def untrained(config: RunConfig) -> str:
+    """What is missing, and what to do."""
+    return (
+        f"checkpoint_from: this configuration ({config.name}) has no run in {Path(config.storage) / 'runs'}; train it first, or "
+        "name a model"
+    )
+
+
+def run_of(config: RunConfig, prepared: Prepared) -> tuple[Path, str]:
+    """Where the run's folder is, named by what changes the run's meaning, and its identity."""
     storage = Path(config.storage)
     identity = digest(
         1,
@@ -141,11 +177,7 @@ def open_run(config: RunConfig, prepared: Prepared) -> tuple[Path, str]:
         config.train.model_dump(include={"epochs", "max_steps", "rows_per_step"}),
         config.seed,
     )
-    run = storage / "runs" / f"{config.name}-{identity}"
-    if not (run / RUN_FILE).is_file():
-        run.mkdir(parents=True, exist_ok=True)
-        write_json(run / RUN_FILE, {"identity": identity, "model": prepared.model, "config": redacted(config.dump())})
-    return run, identity
+    return storage / "runs" / f"{config.name}-{identity}", identity
 
 
 def job_for(config: RunConfig, prepared: Prepared, run: Path) -> Job:

@@ -1,68 +1,163 @@
-"""A checkpoint as a folder that transformers loads, tokenizer included; critic and prior lie in folders within."""
+"""A checkpoint as a folder that transformers loads, tokenizer included; critic and prior lie in folders within.
+
+An export stops where decoding stops (`generation`), has the chat template of the configuration, is compared with what was
+trained (`export_check`) and carries checksums (`checksums`).
+"""
 
 from __future__ import annotations
 
+import gc
 import json
+import logging
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from pipeline import checkpoint
-from pipeline.config import ConfigError, RunConfig
+from pipeline import checkpoint, checksums
+from pipeline.collate import collate
+from pipeline.config import ConfigError, ModelConfig, RunConfig
 from pipeline.config_file import validate
-from pipeline.critic import CRITIC, load_critic, save_critic
+from pipeline.contracts import PolicyOut
+from pipeline.critic import CRITIC, load_critic, load_trained_critic, merge_critic, save_critic
+from pipeline.export_check import compare, critic_values, exported_values, probe_rows, read, trained_values
+from pipeline.generation import own_stop_ids, save_model
 from pipeline.model import Policy, load_policy
 from pipeline.model_files import locate
-from pipeline.pretrained import load_tokenizer, precision
+from pipeline.pretrained import load_config, load_tokenizer, precision
 from pipeline.rendering import Renderer
 from pipeline.reward import RewardNetwork, load_reward_network
 from pipeline.thinker import new_prior, save_prior
 
+logger = logging.getLogger(__name__)
 
-def export(config: RunConfig, folder: Path, model: str, target: Path) -> Path:
+
+def export(config: RunConfig, folder: Path, model: str, target: Path, rows: Path | None = None) -> Path:
     """Write the weights of checkpoint `folder` (trained from `model`) to `target` as safetensors; adapters are merged.
 
-    Raises ConfigError when `target` exists and is not an empty folder: nothing is overwritten.
+    rows: prepared rows, on some of which the result is compared with the checkpoint; default: tokens by chance. Raises
+    ConfigError when `target` exists and is not an empty folder (nothing is overwritten), ExportError when the result is not
+    what was trained; then there is no `target`.
     """
     target = target.expanduser().absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{target}: exists and is not empty; name a new folder to export to")
-    wanted = config.checkpoint.export_dtype
-    dtype = precision(config.model.dtype if wanted == "auto" else wanted)
-    needs, tokenizer = config.objective.needed(), load_tokenizer(model, config.model.trust_remote_code)
-    # Weights are read, nothing is computed.
-    plain = {"dtype": "float32", "activation_checkpointing": False, "attention": config.model.unpacked_attention}
-    settings = config.model.model_copy(update=plain)
-    network: RewardNetwork | Policy
-    if needs.model == "reward":
-        network = load_reward_network(settings, model)
-    else:
-        own = replace(needs, kl="none")  # the reference stays where it is
-        network = load_policy(settings, model, own, new=new_prior(config))
-    checkpoint.load_into(_trained(network), folder)
-    lm = network.merged().to(dtype)
-    if needs.model == "reward":
-        _pad_behind_the_end(lm, tokenizer, Renderer(tokenizer, config.data).stop_ids)
-    aside = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    lm.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    if isinstance(network, Policy) and network.prior is not None:
-        save_prior(network.prior, lm, aside)
-    if needs.critic:
-        critic = load_critic(config.model_copy(update={"model": settings}), model)
-        checkpoint.load_into(_trained(critic), folder, prefix="critic-")
-        save_critic(critic, aside / CRITIC, dtype)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside.rename(target)
+    with _building(target) as aside:
+        _Exporter(config, folder, model, rows).write(aside)
+        checksums.seal(aside)
     return target
 
 
-def _pad_behind_the_end(lm: nn.Module, tokenizer: Any, ends: frozenset[int]) -> None:
-    """A padding token that ends no response, for classifier and tokenizer.
+class _Exporter:
+    """One export: every network is loaded in float32, compared after each step, and let go before the next one is loaded."""
+
+    def __init__(self, config: RunConfig, folder: Path, model: str, rows: Path | None) -> None:
+        wanted, trust = config.checkpoint.export_dtype, config.model.trust_remote_code
+        self.dtype = precision(config.model.dtype if wanted == "auto" else wanted)
+        # Weights are read, next to nothing is computed.
+        plain = {"dtype": "float32", "activation_checkpointing": False, "attention": config.model.unpacked_attention}
+        self.config = config.model_copy(update={"model": config.model.model_copy(update=plain)})
+        self.folder, self.model = folder, model
+        self.needs = config.objective.needed()
+        self.tokenizer = load_tokenizer(model, trust)
+        render = Renderer(self.tokenizer, config.data)
+        self.stop_ids = render.stop_ids | own_stop_ids(model, trust)
+        if config.data.chat_template is not None:  # a name among the model's own, or a template
+            self.tokenizer.chat_template = self.tokenizer.get_chat_template(config.data.chat_template)
+        if self.needs.model == "reward":
+            _pad_behind_the_end(self.tokenizer, self.stop_ids)
+        vocabulary = load_config(model, trust).get_text_config().vocab_size
+        self.rows = probe_rows(config, rows, vocabulary, self.tokenizer.pad_token_id)
+        self.batch = collate(self.rows)
+
+    def write(self, aside: Path) -> None:
+        """All files of the export but the checksums."""
+        network = self._load()
+        checkpoint.load_into(_trained(network), self.folder)
+        before = read(network, self.batch)
+        lm: Any = network.merged()
+        self._compare(before, read(network, self.batch), "the merged model's")
+        _round(lm, self.dtype)
+        scores, prior = isinstance(network, RewardNetwork), getattr(network, "prior", None)
+        if scores:
+            lm.config.pad_token_id = self.tokenizer.pad_token_id
+        save_model(lm, aside, self.stop_ids, self.tokenizer.pad_token_id)
+        self.tokenizer.save_pretrained(aside)
+        if prior is not None:
+            save_prior(prior, lm, aside)
+        _round(lm, torch.float32)  # what was saved, in the precision of the comparison
+        saved = read(network, self.batch)
+        del network, lm
+        gc.collect()
+        if prior is not None:
+            self._compare(saved, read(self._load_exported(aside), self.batch), "the exported model's")
+        else:
+            found = exported_values(aside, self.config.model, self.rows, scores)
+            compare(trained_values(saved, self.batch), found, "the exported model's")
+        if self.needs.critic:
+            self._write_critic(before, aside / CRITIC)
+
+    def _compare(self, expected: PolicyOut, found: PolicyOut, whose: str) -> None:
+        compare(trained_values(expected, self.batch), trained_values(found, self.batch), whose)
+
+    def _load(self) -> RewardNetwork | Policy:
+        """The network as training starts from it."""
+        if self.needs.model == "reward":
+            return load_reward_network(self.config.model, self.model)
+        head = self.needs.critic and self.config.critic.architecture == "head"
+        own = replace(self.needs, kl="none", latent="none")  # the reference stays where it is
+        return load_policy(self.config.model, self.model, own, keep_states=head, new=new_prior(self.config))
+
+    def _load_exported(self, aside: Path) -> Policy:
+        """A model with its prior, which only we know to read."""
+        settings: ModelConfig = self.config.model.model_copy(update={"lora": None})
+        return load_policy(settings, str(aside))
+
+    def _write_critic(self, out: PolicyOut, target: Path) -> None:
+        """out: the policy's before its adapters were merged, for a value head on its states."""
+        critic = load_critic(self.config, self.model)
+        checkpoint.load_into(_trained(critic), self.folder, prefix="critic-")
+        expected = critic_values(critic, out, self.batch)
+        merge_critic(critic)
+        compare(expected, critic_values(critic, out, self.batch), "the merged critic's")
+        _round(critic, self.dtype)
+        save_critic(critic, target)
+        _round(critic, torch.float32)
+        expected = critic_values(critic, out, self.batch)
+        del critic
+        gc.collect()
+        compare(
+            expected, critic_values(load_trained_critic(self.config, target), out, self.batch), "the exported critic's"
+        )
+
+
+@contextmanager
+def _building(target: Path) -> Iterator[Path]:
+    """A folder to fill beside `target`, which becomes it; after an error it is gone."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield aside
+        aside.chmod(0o755)
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _round(module: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters in another precision. Buffers stay: rotary frequencies are nothing that was trained, or is saved."""
+    for p in module.parameters():
+        p.data = p.data.to(dtype)
+
+
+def _pad_behind_the_end(tokenizer: Any, ends: frozenset[int]) -> None:
+    """A padding token that ends no response, for a classifier's tokenizer.
 
     transformers reads the score at the last token that is no padding: were EOS the padding, too, it would read it at the
     token before, where nothing was trained.
@@ -70,7 +165,6 @@ def _pad_behind_the_end(lm: nn.Module, tokenizer: Any, ends: frozenset[int]) -> 
     known = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids)
     pad = next(token for token in (*known, *range(len(tokenizer))) if token is not None and token not in ends)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-    lm.config.pad_token_id = pad
 
 
 def _trained(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -78,7 +172,7 @@ def _trained(network: nn.Module) -> dict[str, nn.Parameter]:
 
 
 RUN_FILE = "run.json"
-EXPORT = "export"
+EXPORT, EXPORTS = "export", "exports"
 
 
 def weights_of(path: str, cache: Path, key: str = "checkpoint_from", trust_remote_code: bool = False) -> str:
@@ -88,6 +182,7 @@ def weights_of(path: str, cache: Path, key: str = "checkpoint_from", trust_remot
     checkpoints `…/step-00000020`. Checkpoints are exported once, beside the run's own export. trust_remote_code: the caller's
     permission; what a run's own file says of it does not count, as the run may be somebody else's. Raises ConfigError about `key`.
     """
+    mend_export(path, cache, key, trust_remote_code)
     folder = Path(path).expanduser().absolute()
     if (folder / RUN_FILE).is_file() and not (folder / EXPORT).is_dir():
         newest = checkpoint.latest(folder)
@@ -97,10 +192,55 @@ def weights_of(path: str, cache: Path, key: str = "checkpoint_from", trust_remot
     run = folder.parent.parent
     if not (folder / checkpoint.STATE).is_file() or not (run / RUN_FILE).is_file():
         return locate(path, cache, key)
-    target = run / "exports" / folder.name
+    target = run / EXPORTS / folder.name
     if not target.is_dir():
-        made_by = json.loads((run / RUN_FILE).read_text())
-        made_by["config"]["model"]["trust_remote_code"] = trust_remote_code
-        target.parent.mkdir(exist_ok=True)
-        export(validate(made_by["config"]), folder, made_by["model"], target)
-    return str(target)
+        _export_again(run, folder, target, trust_remote_code)
+    return locate(str(target), cache, key)
+
+
+def mend_export(path: str, cache: Path, key: str, trust_remote_code: bool = False) -> None:
+    """Where `path` is, or stands for, a damaged export of a run: make it again from the checkpoint, with a warning.
+
+    The damaged folder is kept beside it. Raises ConfigError about `key` where the checkpoint is gone.
+    """
+    given = Path(path).expanduser().absolute()
+    for folder in (given, given / EXPORT, given.parent.parent / EXPORTS / given.name):
+        wrong = checksums.damage(folder, cache)
+        if wrong is None:
+            continue
+        run = folder.parent if folder.name == EXPORT else folder.parent.parent
+        source = _source(run, folder)
+        if source is None:
+            raise ConfigError(
+                f"{key}: {folder} is damaged ({wrong}), and there is no checkpoint to make it from again; train again, or "
+                f"delete {checksums.FILE} in it if the change is meant"
+            )
+        kept = folder.with_name(f"{folder.name}-damaged")
+        logger.warning("%s is damaged (%s): exported again from %s, kept as %s", folder, wrong, source, kept.name)
+        fresh = folder.with_name(f".{folder.name}-again")
+        shutil.rmtree(fresh, ignore_errors=True)
+        _export_again(run, source, fresh, trust_remote_code)
+        shutil.rmtree(kept, ignore_errors=True)
+        folder.rename(kept)
+        fresh.rename(folder)
+
+
+def _source(run: Path, folder: Path) -> Path | None:
+    """The checkpoint that an export of this run was made from."""
+    if not (run / RUN_FILE).is_file():
+        return None
+    if folder.name == EXPORT:
+        return checkpoint.latest(run)
+    found = run / checkpoint.FOLDER / folder.name
+    try:
+        checkpoint.verify(found)
+    except checkpoint.Corrupt:
+        return None
+    return found
+
+
+def _export_again(run: Path, folder: Path, target: Path, trust_remote_code: bool) -> None:
+    """Export a checkpoint of a run with the settings that the run notes."""
+    made_by = json.loads((run / RUN_FILE).read_text())
+    made_by["config"]["model"]["trust_remote_code"] = trust_remote_code
+    export(validate(made_by["config"]), folder, made_by["model"], target)

@@ -10,6 +10,7 @@ Left out: where weights come from (`pretrained`), how they are trained (`engine`
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,7 +156,9 @@ class Policy(nn.Module):
 
     def merged(self) -> nn.Module:
         """The plain language model, adapters folded into its weights (for export; ends training)."""
-        return self.lm if self._adapter is None else self._adapter.merge_and_unload()
+        if self._adapter is not None:
+            merge_lora(self.lm, self._adapter)
+        return self.lm
 
     def enable_activation_checkpointing(self) -> None:
         """Recompute each layer in the backward pass."""
@@ -264,10 +267,40 @@ def add_lora(lm: nn.Module, lora: LoraSection, task: str = "CAUSAL_LM") -> Any:
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, task_type=task
     )
     try:
-        with warnings.catch_warnings():  # peft reads it under its old name
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # its old name
+            warnings.filterwarnings("ignore", ".*tie_word_embeddings", UserWarning)  # `merge_lora` unties them
             handle = peft.get_peft_model(lm, settings)
     except ValueError as error:
         raise ConfigError(f"model.lora.target_modules: {' '.join(str(error).split())[:200]}") from None
     widening.attach(lm)  # the adapters
     return handle
+
+
+@torch.no_grad()
+def merge_lora(lm: nn.Module, handle: Any) -> None:
+    """Fold the adapters of `add_lora` into the weights of `lm`, in place.
+
+    An adapter belongs to one module, but its weight may be tied to another's (embeddings and output head): folded into both, it
+    would change what was never trained. Such weights are untied first, in the model and in its configuration.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    users = Counter(id(p) for module in lm.modules() for p in module.parameters(recurse=False))
+    adapted = [module.get_base_layer() for module in lm.modules() if isinstance(module, BaseTunerLayer)]
+    if any(users[id(getattr(layer, "weight", None))] > 1 for layer in adapted):
+        _untie(lm)
+    handle.merge_and_unload()
+
+
+def _untie(lm: nn.Module) -> None:
+    """Give every module weights of its own: a model's configuration ties all of its tied weights, or none."""
+    seen: set[int] = set()
+    for module in lm.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if id(p) in seen:
+                setattr(module, name, nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad))
+            seen.add(id(p))
+    for config in [module.config for module in lm.modules() if hasattr(module, "get_input_embeddings")]:
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False

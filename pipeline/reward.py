@@ -10,7 +10,7 @@ from torch import nn
 
 from pipeline.config import ConfigError, ModelConfig
 from pipeline.contracts import Batch, PolicyOut
-from pipeline.model import add_lora, recompute_layers, remove_dropout, unflatten
+from pipeline.model import add_lora, merge_lora, recompute_layers, remove_dropout, unflatten
 from pipeline.pretrained import classifies, load_config, load_scorer, precision
 from pipeline.scalar_head import ScalarHead
 from pipeline.trunk import choose_layout, final_states
@@ -45,7 +45,7 @@ class RewardNetwork(nn.Module):
     def merged(self) -> nn.Module:
         """The plain classifier, adapters folded into its weights (for export; ends training)."""
         if self._adapter is not None:
-            self._adapter.merge_and_unload()
+            merge_lora(self.lm.base_model, self._adapter)
         return self.lm
 
 

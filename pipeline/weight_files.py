@@ -22,13 +22,13 @@ REMEDY = "see docs/security.md for how to convert it"
 
 def check_weight_files(path: str, key: str) -> None:
     """Raises ConfigError, naming `key`, unless the model at a folder or hub name has its weights in safetensors alone."""
-    if _file(path, ADAPTER) is not None:
+    if model_file(path, ADAPTER) is not None:
         raise ConfigError(
             f"{key}: {path} is an adapter; merge it into its model (peft: merge_and_unload) and name that"
         )
-    if (index := _file(path, INDEX)) is not None:
+    if (index := model_file(path, INDEX)) is not None:
         _check_index(index, path, key)
-    elif _file(path, "model.safetensors") is None and any(_file(path, name) for name in PICKLES):
+    elif model_file(path, "model.safetensors") is None and any(model_file(path, name) for name in PICKLES):
         raise ConfigError(f"{key}: {path} has its weights as a pickle only, which is never read; {REMEDY}")
 
 
@@ -45,7 +45,7 @@ def _check_index(index: Path, path: str, key: str) -> None:
             )
 
 
-def _file(path: str, name: str) -> Path | None:
+def model_file(path: str, name: str) -> Path | None:
     """A file of the model's, if it has it (a hub name's is fetched)."""
     if Path(path).is_dir():
         found = Path(path) / name

@@ -11,7 +11,7 @@ import torch
 from pipeline.collate import collate
 from pipeline.config import ConfigError
 from pipeline.contracts import Row
-from pipeline.critic import load_critic, load_trained_critic, save_critic
+from pipeline.critic import load_critic, load_trained_critic, merge_critic, save_critic
 from pipeline.model import load_policy
 from pipeline.scalar_head import ScalarHead
 
@@ -85,7 +85,8 @@ def test_a_trained_critic_comes_back_from_its_folder(make_config, tmp_path: Path
             if p.requires_grad:
                 p.add_(0.1 * torch.randn_like(p))
     expected = critic(batch, out)
-    save_critic(critic, tmp_path / "critic", torch.float32)
+    merge_critic(critic)
+    save_critic(critic, tmp_path / "critic")
     torch.testing.assert_close(load_trained_critic(config, tmp_path / "critic")(batch, out), expected)
 
 

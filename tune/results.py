@@ -122,5 +122,6 @@ def _export(sweep: Sweep, trial: Trial) -> Path:
             raise ConfigError(
                 f"{run}: the best trial's checkpoints are gone; delete {sweep.folder} to run the sweep again"
             )
-        export(config, newest, sweep.prepared_for(config).model, run / EXPORT)
+        prepared = sweep.prepared_for(config)
+        export(config, newest, prepared.model, run / EXPORT, prepared.rows)
     return run / EXPORT

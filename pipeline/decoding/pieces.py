@@ -29,6 +29,7 @@ from pipeline.decoding.rescoring import token_logprobs
 from pipeline.decoding.scoring import load_scorers
 from pipeline.decoding.stage import pad_of
 from pipeline.decoding.vllm_engine import VllmSampler
+from pipeline.generation import own_stop_ids
 from pipeline.layouts import parse_prompt
 from pipeline.pretrained import load_config, load_tokenizer
 from pipeline.rendering import Renderer
@@ -106,24 +107,21 @@ class DecodePiece:
     def __init__(self, config: dict[str, Any], weights: dict[str, str], tokenizer: str, folder: str) -> None:
         self.config: RunConfig = validate(config)
         options = self.config
-        gpu = options.scaling.gpus_per_worker > 0
+        gpu, trust = options.scaling.gpus_per_worker > 0, options.model.trust_remote_code
         self.decoder = DECODERS[options.decoding.method]
-        self.tokenizer = load_tokenizer(tokenizer, options.model.trust_remote_code)
+        self.tokenizer = load_tokenizer(tokenizer, trust)
         self.render = Renderer(self.tokenizer, options.data)
         vllm = options.decoding.engine == "vllm"
         own = {role: path for role, path in weights.items() if not (vllm and role == "policy")}
         self.models = load_models(options, own, torch.device("cuda" if gpu else "cpu"))
         self.scorers = load_scorers(options, self.tokenizer, tokenizer, gpu)
-        found = [
-            context_of(load_config(path, options.model.trust_remote_code), thoughts_of(path, options.sampling))
-            for path in weights.values()
-        ]
+        found = [context_of(load_config(path, trust), thoughts_of(path, options.sampling)) for path in weights.values()]
         self.contexts = [context for context in found if context is not None]
         self.pieces = Pieces(Path(folder))
         self.tools = Tools(
             options.sampling,
             options.decoding,
-            sorted(self.render.stop_ids),
+            sorted(self.render.stop_ids.union(*(own_stop_ids(path, trust) for path in {tokenizer, *weights.values()}))),
             pad_of(self.tokenizer),
             self.models,
             dict(self.scorers),

@@ -121,9 +121,12 @@ class _World(NamedTuple):
 def _world(config: RunConfig, local: bool) -> _World:
     """Rows are prepared only where the run itself, or its held-out prompts, are asked for."""
     if config.checkpoint_from is None or config.sampling.prompts is None:
+        if config.checkpoint_from is None:
+            driver.check_trained(config)
         prepared = driver.prepare(config, local)
-        own, _ = driver.open_run(config, prepared)
-        return _World(config.checkpoint_from or str(own), prepared.frozen, prepared.model, own, prepared.rows)
+        own, _ = (driver.run_of if config.checkpoint_from else driver.trained_run)(config, prepared)
+        folder = own if own.is_dir() else Path(config.storage) / "decoded"
+        return _World(config.checkpoint_from or str(own), prepared.frozen, prepared.model, folder, prepared.rows)
     preflight.check(config, local)
     cache, own = Path(config.storage) / "cache", config.model
     tokenizer = locate(own.path, cache)

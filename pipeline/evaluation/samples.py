@@ -20,6 +20,7 @@ from pipeline.evaluation.estimates import mean_se
 from pipeline.evaluation.held_out import resources
 from pipeline.evaluation.judging import Failure, Texts
 from pipeline.evaluation.scorers import judge_for
+from pipeline.generation import own_stop_ids
 from pipeline.model_files import fingerprint
 from pipeline.pretrained import precision
 
@@ -78,11 +79,13 @@ def draw(
 ) -> Samples:
     """Sample from the weights at `model` and score the completions with `config.sampling.scorer`.
 
-    prompts: token ids; texts: the same prompts as the scorer should read them. Raises ConfigError for an unknown scorer,
-    before anything is sampled, or for one that fails on every completion.
+    prompts: token ids; texts: the same prompts as the scorer should read them; stop_ids: tokens that end a completion, beside
+    the model's own. Raises ConfigError for an unknown scorer, before anything is sampled, or for one that fails on every
+    completion.
     """
     judge = judge_for(config, model, texts) if config.sampling.scorer else None
-    completions = _decode_cached(config, model, prompts, sorted(stop_ids), local)
+    stops = sorted({*stop_ids, *own_stop_ids(model, config.model.trust_remote_code)})
+    completions = _decode_cached(config, model, prompts, stops, local)
     if judge is None:
         return Samples(list(prompts), list(texts), completions, None, [])
     flat = [
