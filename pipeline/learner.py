@@ -129,10 +129,11 @@ class Learner:
         network, critic = load_networks(config, model, frozen, cached)
         if isinstance(network, Policy):
             network.place(device)
-        policy = Engine(network, config, device, resume)
+        # In training mode, as layers are recomputed in it alone; nothing else differs (`model.remove_dropout`).
+        policy = Engine(network.train(), config, device, resume)
         if critic is None:
             return cls(policy)
-        return cls(policy, Engine(critic, config, device, resume, role="critic"), config.critic.steps_alone)
+        return cls(policy, Engine(critic.train(), config, device, resume, role="critic"), config.critic.steps_alone)
 
     def __call__(self, batch: Batch, step: int = 0) -> PolicyOut:
         """log π, and V(s) where there is a critic; while the critic trains alone, log π has no gradient."""

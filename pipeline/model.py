@@ -225,19 +225,30 @@ def _logits(lm: nn.Module, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _check_head(lm: nn.Module) -> None:
-    """Raises ConfigError where `_logits` is not what the model does: some transform logits behind their head."""
+    """Raises ConfigError where `_logits` is not what the model does: some transform logits behind their head.
+
+    Or where it does something else in training mode, as where dropout is read from the configuration.
+    """
     batch, was_training = probe_batch(lm, PROBE[:1]), lm.training
-    lm.eval()
+    prompt = batch.input_ids[0, : int(batch.predictor[0, 0, 0]) + 1]
+    rows = torch.stack([torch.cat([prompt, ids[:1]]) for ids in batch.response_ids[0]])
+    own = {}
     try:
         with uncompiled_attention(lm):
+            for training in (True, False):
+                lm.train(training)
+                own[training] = lm(input_ids=rows).logits[:, -2:].flatten(0, 1).float().log_softmax(-1)
             ours = _logits(lm, token_states(lm, batch, "separate")).float().log_softmax(-1)
-            prompt = batch.input_ids[0, : int(batch.predictor[0, 0, 0]) + 1]
-            rows = torch.stack([torch.cat([prompt, ids[:1]]) for ids in batch.response_ids[0]])
-            own = lm(input_ids=rows).logits[:, -2:].flatten(0, 1).float().log_softmax(-1)
     finally:
         lm.train(was_training)
-    if (ours - own).abs().max() > (1e-3 if lm.dtype == torch.float32 else 0.2):
+    allowed = 1e-3 if lm.dtype == torch.float32 else 0.2
+    if (ours - own[False]).abs().max() > allowed:
         raise ConfigError(f"model.path: {type(lm).__name__} transforms its logits in a way qalign does not know")
+    if (own[True] - own[False]).abs().max() > allowed:
+        raise ConfigError(
+            f"model.path: {type(lm).__name__} draws random numbers while it trains, so that it would not start as the "
+            "reference; set the dropout in the model's config.json to 0"
+        )
 
 
 def recompute_layers(lm: nn.Module) -> None:
@@ -246,12 +257,16 @@ def recompute_layers(lm: nn.Module) -> None:
 
 
 def remove_dropout(lm: nn.Module) -> None:
-    """Preference objectives compare two models: the policy at step 0 has to be the reference."""
+    """Preference objectives compare two models: the policy at step 0 has to be the reference.
+
+    Off are dropout, the dropping of whole layers, and a router's noise, under whatever name a module has them. The
+    configuration keeps its values, as an export does.
+    """
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name in ("attention_dropout", "attn_dropout", "dropout", "hidden_dropout"):
-            if isinstance(getattr(module, name, None), float):
+        for name in [name for name, value in vars(module).items() if isinstance(value, float)]:
+            if "drop" in name or "jitter" in name:
                 setattr(module, name, 0.0)
 
 

@@ -115,6 +115,28 @@ def test_micro_batches_do_not_change_the_update(make_config) -> None:
 
 
 @pytest.mark.slow
+def test_layers_are_recomputed_from_the_first_step_on_and_change_no_weight(make_config, monkeypatch) -> None:
+    """Layers of transformers recompute in training mode alone; models come out of loading in evaluation mode."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    real, calls = LlamaMLP.forward, []
+
+    def watch(self, states):
+        calls.append(torch.is_grad_enabled())
+        return real(self, states)
+
+    monkeypatch.setattr(LlamaMLP, "forward", watch)
+    jobs, computed = [], []
+    for recompute in ("false", "true"):
+        job = job_of(make_config(f"model.activation_checkpointing={recompute}", "train.max_steps=1"), recompute)
+        calls.clear()
+        train(job)
+        jobs.append(job)
+        computed.append(sum(calls))
+    assert computed[1] == 2 * computed[0] > 0
+    assert_same_weights(*jobs)
+
+
 def test_every_row_is_used_once_per_epoch(make_config, monkeypatch) -> None:
     seen: list[int] = []
     real = loop.train_step

@@ -160,11 +160,38 @@ def test_unknown_transformation_of_logits_is_refused() -> None:
         Policy(lm)
 
 
-def test_dropout_is_off_so_that_step_zero_is_the_reference() -> None:
-    lm = build("gpt2").train()  # GPT-2's own default is 0.1
-    policy = Policy(lm).train()
+NOISY = {
+    "gpt2": {},  # its own default is 0.1
+    "starcoder2": BASE | {"residual_dropout": 0.5, "embedding_dropout": 0.5, "attention_dropout": 0.5},
+    "mixtral": BASE | {"num_local_experts": 4, "router_jitter_noise": 0.9},
+    "phimoe": BASE | {"num_local_experts": 4, "input_jitter_noise": 0.9, "router_jitter_noise": 0.9},
+    "opt": BASE | {"ffn_dim": 64, "word_embed_proj_dim": 32, "layerdrop": 0.5},
+    "xglm": BASE | {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64, "activation_dropout": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_nothing_is_random_in_training_so_that_step_zero_is_the_reference(name: str) -> None:
+    config = AutoConfig.for_model(name, **(ARCHITECTURES.get(name, {}) | NOISY[name]))
+    before = config.to_dict()
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(config)
     batch = collate(ROWS)
-    assert torch.equal(policy(batch).logprobs, policy(batch).logprobs)
+    assert not torch.equal(*(lm.train()(input_ids=batch.input_ids).logits for _ in range(2))), "random by itself"
+    policy = Policy(lm)
+    still, trained = policy.eval()(batch).logprobs, policy.train()(batch).logprobs
+    assert torch.equal(still, trained)
+    assert lm.config.to_dict() == before, "an export has the model's own"
+
+
+def test_a_model_that_stays_random_in_training_is_refused() -> None:
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model("persimmon", **BASE | {"attention_dropout": 0.9}))
+    with torch.no_grad():
+        for p in lm.parameters():
+            p.mul_(10)  # freshly initialised weights barely look at the context
+    with pytest.raises(ConfigError, match=r"draws random numbers while it trains.*set the dropout"):
+        Policy(lm)
 
 
 def test_activation_checkpointing_changes_no_gradient() -> None:
