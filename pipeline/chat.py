@@ -1,18 +1,47 @@
 """What a chat template writes: prompts, answers and the ends of turns, as text.
 
-Left out: tokens (`tokens`, `rendering`).
+An answer is what the template writes of the whole dialogue behind the prompt. Templates that reason may open the thoughts in the call
+for an answer, add empty ones, or take those of earlier turns away, so that not all they write continues the prompt: then the answer is
+its words as the model writes them, without the tag that the prompt has opened.
+
+Left out: in which form a template takes messages (`chat_forms`), tokens (`tokens`, `rendering`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-from pipeline.records import Message
+from pipeline.chat_forms import Forms, fold
+from pipeline.records import Dialogue, Message
 
 _PROBE = "qalignprobe"
 """A word that no template changes: shows what a template writes around an answer."""
+_LONGEST_REASON = 120
+"""Characters of what a template says when it refuses messages."""
+_RESERVED = frozenset(
+    [
+        "self",
+        "conversation",
+        "messages",
+        "tools",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+        "sanitize_control_tokens",
+    ]
+)
+"""What a record cannot say to a template: arguments of ours to `apply_chat_template`."""
 
 
 class Chat:
@@ -21,67 +50,203 @@ class Chat:
     def __init__(self, tokenizer: Any, template: str | None) -> None:
         self.tokenizer = tokenizer
         self.template = template
+        self.forms = Forms(lambda turns, tools: self._render(turns, tools), str(template or tokenizer.chat_template))
 
     @property
     def exists(self) -> bool:
         """Whether there is a template at all."""
         return bool(self.template or self.tokenizer.chat_template)
 
-    def prompt(self, messages: Sequence[Message]) -> str:
-        """A dialogue with the call for an answer. Raises ValueError, as all methods do, if the template refuses it."""
-        return self._write(_turns(messages), generate=True) + self._opening
+    def prompt(self, messages: Iterable[Message]) -> str:
+        """A dialogue with the call for an answer, or up to the end of the turn that the answer continues.
 
-    def dialogue(self, messages: Sequence[Message]) -> str:
-        """A dialogue as it stands."""
-        return self._write(_turns(messages), generate=False)
-
-    def answer(self, messages: Sequence[Message], prompt: str, words: str) -> str:
-        """The text that follows `prompt`, the dialogue's with the call for an answer, up to the end of the turn.
-
-        Where the template does not keep the prompt, the words and the end of a turn.
+        Raises ValueError, as all methods do, if the template refuses it or would leave some of it out.
         """
-        whole = self.dialogue([*messages, Message(role="assistant", content=words)])
-        written, end = self.turn_end
-        if whole.startswith(prompt) and whole.endswith(written):
-            body = whole[len(prompt) : len(whole) - len(written)]
-            if words.strip() in body:
-                return body + end
-        return words + end
+        dialogue = Dialogue.of(messages)
+        if dialogue.continued:
+            return self._unfinished(dialogue)
+        return self._write(dialogue, add_generation_prompt=True) + self._opening
+
+    def dialogue(self, messages: Iterable[Message]) -> str:
+        """A dialogue as it stands."""
+        return self._write(Dialogue.of(messages))
+
+    def answer(self, messages: Iterable[Message], prompt: str, answer: str | Message) -> str:
+        """The text that follows `prompt`, the dialogue's with the call for an answer, up to the end of the turn."""
+        dialogue = self._spelt_out(Dialogue.of(messages))
+        given = _message(answer)
+        words, opened = given.content or "", self._opens(prompt, dialogue)
+        if opened and not given.beside and self._only_closes(words):
+            return words + self.turn_end[1]
+        body = self._behind(dialogue, prompt, given)
+        split = self._split(given) if body is None else None
+        if split is not None and not self.forms.folds(split):  # the template takes thoughts in a field of their own
+            body = self._behind(dialogue, prompt, split)
+        if body is not None:
+            return body
+        if given.tool_calls:
+            raise ValueError("the chat template writes a turn with tool calls otherwise than behind its prompt")
+        if given.reasoning_content:
+            if self.forms.tags is None:
+                raise ValueError("the chat template leaves out the reasoning of an answer")
+            words = fold(given.reasoning_content, words, self.forms.tags)
+        return (self._without_opening(words, prompt) if opened else words) + self.turn_end[1]
 
     @cached_property
     def turn_end(self) -> tuple[str, str]:
         """What the template writes after an answer, and how much of it belongs to the response."""
-        text = self._write([_turn("user", "x"), _turn("assistant", _PROBE)], generate=False)
+        text = self._render([_turn("user", "x"), _turn("assistant", _PROBE)])
         if _PROBE not in text:
             raise ValueError("the chat template leaves out the assistant's words")
         written = text[text.rindex(_PROBE) + len(_PROBE) :]
         return written, written.rstrip()
 
+    # --------------------------------------------------------------------------------------------- answers
+
+    def _behind(self, dialogue: Dialogue, prompt: str, given: Message) -> str | None:
+        """What the template writes of an answer behind its prompt; None where that is not the answer, or not behind it."""
+        whole = self.dialogue(joined(dialogue, given))
+        written, end = self.turn_end
+        if not whole.startswith(prompt):
+            return None
+        if whole.endswith(written):
+            body = whole[len(prompt) : len(whole) - len(written)]
+        elif given.tool_calls:  # some templates end a turn of calls otherwise
+            body, end = whole[len(prompt) :].rstrip(), ""
+        else:
+            return None
+        return body + end if self._holds(body, given) else None
+
+    def _holds(self, text: str, given: Message) -> bool:
+        """Whether a turn's text has the answer's words and thoughts, one after the other, and no thoughts twice."""
+        pieces = [given.reasoning_content or "", given.content or ""]
+        if self.forms.tags is not None:
+            closing = self.forms.tags[1]
+            if text.count(closing) > max(1, sum(piece.count(closing) for piece in pieces)):
+                return False
+            for tag in self.forms.tags:
+                pieces = [part for piece in pieces for part in piece.split(tag)]
+        start = 0
+        for piece in (piece.strip() for piece in pieces):
+            place = text.find(piece, start)
+            if place < 0:
+                return False
+            start = place + len(piece)
+        return True
+
+    def _opens(self, prompt: str, dialogue: Dialogue) -> bool:
+        """Whether a prompt ends inside of thoughts."""
+        tags = self.forms.tags
+        if tags is None:
+            return False
+        inside = dialogue.continued and self._unclosed(dialogue[-1].content or "")
+        return inside or prompt.rstrip().endswith(tags[0])
+
+    def _only_closes(self, words: str) -> bool:
+        """Whether words end thoughts that they did not begin."""
+        tags = self.forms.tags
+        return tags is not None and tags[1] in words and tags[0] not in words[: words.index(tags[1])]
+
+    def _unclosed(self, words: str) -> bool:
+        tags = self.forms.tags
+        return tags is not None and words.rfind(tags[0]) > words.rfind(tags[1])
+
+    def _split(self, given: Message) -> Message | None:
+        """The same answer with the thoughts among its words in a field of their own."""
+        tags = self.forms.tags
+        words = given.content or ""
+        if tags is None or given.reasoning_content or tags[1] not in words:
+            return None
+        thought, _, rest = words.partition(tags[1])
+        return given.model_copy(
+            update={"reasoning_content": thought.replace(tags[0], "", 1).strip("\n"), "content": rest.lstrip("\n")}
+        )
+
+    def _without_opening(self, words: str, prompt: str) -> str:
+        """Words behind a prompt that has opened their thoughts."""
+        tags = self.forms.tags
+        if tags is None or not words.lstrip().startswith(tags[0]):
+            return words
+        rest = words.lstrip()[len(tags[0]) :]
+        return rest.removeprefix(prompt[prompt.rfind(tags[0]) + len(tags[0]) :])
+
+    # --------------------------------------------------------------------------------------------- prompts
+
+    def _unfinished(self, dialogue: Dialogue) -> str:
+        """A dialogue up to the end of its last turn's words, as transformers' `continue_final_message` writes it."""
+        dialogue = self._spelt_out(dialogue)
+        last = dialogue[-1]
+        words = last.content or ""
+        if last.tool_calls:
+            raise ValueError("the prompt ends with tool calls: there is nothing to continue")
+        if not words.strip():
+            raise ValueError("the prompt ends with an empty message: there is nothing to continue")
+        if not self._unclosed(words):
+            return self._write(dialogue, continue_final_message=True)
+        before = self.prompt(dialogue[:-1])  # a template would take the tag for words, or close it
+        return before + (self._without_opening(words, before) if self._opens(before, dialogue[:-1]) else words)
+
+    def _spelt_out(self, dialogue: Dialogue) -> Dialogue:
+        """The same dialogue; where it ends with thoughts to continue, they stand among the words, behind their tag."""
+        last = dialogue[-1]
+        if not dialogue.continued or last.content or not last.reasoning_content:
+            return dialogue
+        if self.forms.tags is None:
+            raise ValueError("the prompt ends with reasoning, for which the chat template has no tags")
+        words = Message(role=last.role, content=f"{self.forms.tags[0]}\n{last.reasoning_content}", name=last.name)
+        return replace(dialogue, messages=(*dialogue.messages[:-1], words))
+
     @cached_property
     def _opening(self) -> str:
         """What a template without generation prompt writes before an answer: it belongs to the prompt."""
-        asked = self._write([_turn("user", "x")], generate=True)
-        if asked != self._write([_turn("user", "x")], generate=False):
+        asked = self._render([_turn("user", "x")], add_generation_prompt=True)
+        if asked != self._render([_turn("user", "x")]):
             return ""
-        whole = self._write([_turn("user", "x"), _turn("assistant", _PROBE)], generate=False)
+        whole = self._render([_turn("user", "x"), _turn("assistant", _PROBE)])
         opening = whole[len(asked) : whole.rindex(_PROBE)] if whole.startswith(asked) and _PROBE in whole else ""
         return opening if opening.strip() else ""
 
-    def _write(self, turns: list[dict[str, str]], generate: bool) -> str:
+    def _write(self, dialogue: Dialogue, **options: bool) -> str:
+        if dialogue.tools and not self.forms.writes_tools:
+            raise ValueError("the chat template leaves out tools")
+        if reserved := _RESERVED & dialogue.options.keys():
+            raise ValueError(f"chat_template_kwargs cannot set {min(reserved)}")
+        turns = [self.forms.turn(message) for message in dialogue.messages]
+        return self._render(turns, dialogue.tools, **dialogue.options, **options)
+
+    def _render(self, turns: list[dict[str, Any]], tools: Any = None, **options: Any) -> str:
         from jinja2 import TemplateError
 
         if not self.exists:
             raise ValueError("no chat template: the tokenizer has none; set data.chat_template")
+        options = {"add_generation_prompt": False, **options}
+        if tools is not None:
+            options["tools"] = list(tools)
         try:
-            return self.tokenizer.apply_chat_template(
-                turns, chat_template=self.template, tokenize=False, add_generation_prompt=generate
-            )
-        except (TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template refuses the messages: {error}") from None
+            return self.tokenizer.apply_chat_template(turns, chat_template=self.template, tokenize=False, **options)
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:_LONGEST_REASON]
+            raise ValueError(f"the chat template refuses the messages: {reason}") from None
 
 
-def _turns(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [_turn(message.role, message.content) for message in messages]
+def joined(dialogue: Dialogue, answer: str | Message) -> Dialogue:
+    """The dialogue with its answer, which may continue the last turn."""
+    given = _message(answer)
+    if not dialogue.continued:
+        return dialogue.followed_by(given)
+    last = dialogue[-1]
+    whole = given.model_copy(
+        update={
+            "content": (last.content or "") + (given.content or "") or None,
+            "reasoning_content": (last.reasoning_content or "") + (given.reasoning_content or "") or None,
+            "name": last.name,
+        }
+    )
+    return replace(dialogue, messages=(*dialogue.messages[:-1], whole), continued=False)
+
+
+def _message(answer: str | Message) -> Message:
+    return answer if isinstance(answer, Message) else Message(role="assistant", content=answer)
 
 
 def _turn(role: str, content: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ from pipeline.durable import digest_file, write_json
 from pipeline.errors import UserError
 from pipeline.layouts import parse
 from pipeline.pretrained import load_tokenizer
-from pipeline.records import Record
+from pipeline.records import Dialogue, Record
 from pipeline.rendering import Renderer
 from pipeline.rows import finish, is_finished, manifest, part_of, write_part
 from pipeline.sources import Chunk, RawRecord, plan, read
@@ -186,9 +186,16 @@ def mismatch(rows: list[dict[str, Any]], max_length: int) -> int:
 
 def prompt_hash(record: Record) -> int:
     """A signed 64-bit hash of a record's whole prompt, the same on every machine (truncation cannot make prompts differ)."""
-    prompt = record.prompt if isinstance(record.prompt, str) else [[turn.role, turn.content] for turn in record.prompt]
+    prompt = record.prompt if isinstance(record.prompt, str) else _told(record.prompt)
     raw = hashlib.blake2b(json.dumps(prompt).encode(), digest_size=8).digest()
     return int.from_bytes(raw, "big", signed=True)
+
+
+def _told(dialogue: Dialogue) -> Any:
+    """Everything that a dialogue says, as JSON."""
+    turns = [[turn.role, turn.content, *([turn.beside] if turn.beside else [])] for turn in dialogue]
+    rest = {"tools": dialogue.tools, "options": dialogue.options, "continued": dialogue.continued}
+    return {"turns": turns, **rest} if any(rest.values()) else turns
 
 
 def prepare(config: RunConfig, model: str, local: bool = False) -> Path:

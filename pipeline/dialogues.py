@@ -7,11 +7,13 @@ Prompts, in this order of preference:
     the last "\n\nAssistant:" they share. Of other texts, the longest common beginning, cut back to the end of a word
     (white space goes to the responses). Words that two answers happen to share then count as prompt: an explicit
     prompt is better.
-A text in `system` becomes the first turn. Responses are texts, or dialogues whose last assistant turn is the response;
-turns after it are dropped. If a dialogue holds more than the answer, what comes before is the prompt, and a `prompt`
-beside it must agree. Text prompts with dialogue responses become a user turn.
+A text in `system` becomes the first turn; `tools` and `chat_template_kwargs` go to the template. Responses are texts, or
+dialogues whose last assistant turn is the response; turns after it are dropped. If a dialogue holds more than the answer, what
+comes before is the prompt, and a `prompt` beside it must agree. Text prompts with dialogue responses become a user turn, and so
+do those with a system text or tools. Where an explicit prompt ends with an assistant's turn, the response continues that turn;
+two assistant turns in a row of a dialogue are two turns.
 
-Left out: which fields a kind of record has (`layouts`).
+Left out: single messages (`messages`), which fields a kind of record has (`layouts`).
 """
 
 from __future__ import annotations
@@ -20,26 +22,34 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from pipeline.records import Message
+from pipeline.messages import (
+    DIALOGUES,
+    SURROGATE,
+    Turn,
+    field_of,
+    from_json,
+    kind_of,
+    messages_in,
+    tools_of,
+    turns_of,
+)
+from pipeline.records import Dialogue, Message, as_response, said
 
-Dialogue = list[dict[str, str]]
 Prompt = str | Dialogue
 
-DIALOGUES = ("messages", "conversations")
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
-"""Speakers of ShareGPT dialogues under the names that chat templates know."""
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 UNSHARED = "no shared prompt: the dialogues differ before their last answer"
-SURROGATE = "bad Unicode: half of a surrogate pair"
 
 
 # ------------------------------------------------------------------------------------ prompts and responses
 
 
-def prompted(given: dict[str, Any], responses: dict[str, Any]) -> tuple[Prompt, list[str]]:
-    """The prompt and the responses' texts, from the record and its responses under the names they have there."""
+def prompted(given: dict[str, Any], responses: dict[str, Any]) -> tuple[Prompt, list[str | Message]]:
+    """The prompt and the responses, from the record and its responses under the names they have there."""
+    responses = _as_messages(responses)
     if all(isinstance(response, str) for response in responses.values()):
         refuse_empty(responses)
         texts = list(responses.values())
@@ -48,47 +58,71 @@ def prompted(given: dict[str, Any], responses: dict[str, Any]) -> tuple[Prompt, 
             prompt = _shared_text(texts)
             texts = [text[len(prompt) :] for text in texts]
             refuse_empty(dict(zip(responses, texts, strict=True)))
-        return with_system(prompt, given), texts
+        return completed(prompt, given), texts
     if any(isinstance(response, str) for response in responses.values()):
         raise ValueError("wrong type: responses are partly text and partly messages")
-    parts = [answered(dialogue(response, name), name) for name, response in responses.items()]
+    parts = [answered(turns_of(response, name), name) for name, response in responses.items()]
     before = parts[0][0]
     if any(other != before for other, _ in parts):
         raise ValueError(UNSHARED)
     prompt = agreed(explicit_prompt(given, ("prompt",) if before else ("prompt", *DIALOGUES)), before)
-    return with_system(prompt, given), [text for _, text in parts]
+    return completed(prompt, given), [response for _, response in parts]
+
+
+def _as_messages(responses: dict[str, Any]) -> dict[str, Any]:
+    """The same responses; where all of them are texts that hold messages as JSON, the messages."""
+    found = {name: messages_in(value) if isinstance(value, str) else value for name, value in responses.items()}
+    return responses if any(isinstance(value, str) for value in found.values()) else found
 
 
 def explicit_prompt(given: dict[str, Any], fields: tuple[str, ...]) -> Prompt | None:
+    """The prompt that a record names; an assistant's turn at the end of `prompt` is one to continue."""
     for field in fields:
         if field in given:
-            text = field == "prompt" and isinstance(given[field], str)
-            return given[field] if text else dialogue(given[field], field)
+            value = messages_in(given[field]) if isinstance(given[field], str) and field == "prompt" else given[field]
+            if field == "prompt" and isinstance(value, str):
+                return value
+            found = dialogue(value, field)
+            return replace(found, continued=field == "prompt" and found[-1].role == "assistant")
     return None
 
 
 def agreed(prompt: Prompt | None, before: Dialogue) -> Dialogue:
     """The prompt as a dialogue, from an explicit one and what the responses' dialogues begin with (empty: nothing)."""
     if isinstance(prompt, str):
-        if before and prompt.strip() and prompt.strip() not in [turn["content"].strip() for turn in before]:
+        if before and prompt.strip() and prompt.strip() not in [(turn.content or "").strip() for turn in before]:
             raise ValueError("prompt is no turn of the dialogues beside it")
-        return before or [{"role": "user", "content": prompt}]
-    if prompt and before and prompt != before:
+        return before or Dialogue((Message(role="user", content=prompt),))
+    if prompt and before and prompt.messages != before.messages:
         raise ValueError("prompt is not what the dialogues beside it begin with")
     if not prompt and not before:
         raise ValueError("missing field: prompt")
     return prompt or before
 
 
-def with_system(prompt: Prompt, given: dict[str, Any]) -> Prompt:
-    """`prompt` behind the text of the field `system`, unless it has a system turn of its own."""
+def completed(prompt: Prompt, given: dict[str, Any]) -> Prompt:
+    """`prompt` with what else the record says to its template: a system text, unless it has a system turn; tools; options."""
     system = given.get("system", "")
     if not isinstance(system, str):
         raise ValueError(f"wrong type: system is {kind_of(system)}, expected text")
-    if not system.strip():
+    tools, options = tools_of(given.get("tools")), _options(given.get("chat_template_kwargs"))
+    if not system.strip() and tools is None and not options:
         return prompt
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return turns if turns[0]["role"] == "system" else [{"role": "system", "content": system}, *turns]
+    if isinstance(prompt, str):
+        if not system.strip() and tools is None:
+            return prompt
+        prompt = Dialogue((Message(role="user", content=prompt),))
+    turns = prompt.messages
+    if system.strip() and turns[0].role != "system":
+        turns = (Message(role="system", content=system), *turns)
+    return replace(prompt, messages=turns, tools=tools, options=options)
+
+
+def _options(value: Any) -> dict[str, Any]:
+    value = from_json(value, "chat_template_kwargs") if isinstance(value, str) and value.strip() else value
+    if value and not isinstance(value, Mapping):
+        raise ValueError(f"wrong type: chat_template_kwargs is {kind_of(value)}, expected an object")
+    return {name: option for name, option in (value or {}).items() if option is not None}
 
 
 def _shared_text(texts: list[str]) -> str:
@@ -116,43 +150,22 @@ def _shared_text(texts: list[str]) -> str:
 # ------------------------------------------------------------------------------------------------ dialogues
 
 
-def answered(turns: Dialogue, name: str) -> tuple[Dialogue, str]:
-    """A dialogue's turns before its last assistant turn, and that turn's text."""
-    for i in reversed(range(len(turns))):
-        if turns[i]["role"] == "assistant":
-            refuse_empty({name: turns[i]["content"]})
-            return turns[:i], turns[i]["content"]
-    raise ValueError(f"no assistant turn: {_field(name)}")
+def answered(turns: Sequence[Turn], name: str) -> tuple[Dialogue, str | Message]:
+    """A dialogue's turns before its last assistant turn that is to be trained on, and that turn."""
+    spoken = [i for i, turn in enumerate(turns) if turn.message.role == "assistant"]
+    trained = [i for i in spoken if turns[i].trained]
+    if not spoken:
+        raise ValueError(f"no assistant turn: {field_of(name)}")
+    if not trained:
+        raise ValueError(f"no assistant turn is to be trained on: {field_of(name)}")
+    message = turns[trained[-1]].message
+    refuse_empty({name: said(message)})
+    return Dialogue(tuple(turn.message for turn in turns[: trained[-1]])), as_response(message)
 
 
 def dialogue(value: Any, name: str) -> Dialogue:
-    """Chat messages under the names role / content; a single message counts as a dialogue of one turn."""
-    turns = [value] if isinstance(value, Mapping) else value
-    if not isinstance(turns, list):
-        expected = "messages" if name in DIALOGUES else "text or messages"
-        raise ValueError(f"wrong type: {_field(name)} is {kind_of(value)}, expected {expected}")
-    if not turns:
-        raise ValueError(f"no messages: {_field(name)}")
-    return [_turn(turn, _field(name)) for turn in turns]
-
-
-def _turn(turn: Any, field: str) -> dict[str, str]:
-    if not isinstance(turn, Mapping):
-        raise ValueError(f"wrong type: a message of {field} is {kind_of(turn)}, expected role and content")
-    if turn.get("role") is None and "from" in turn:
-        role, content = turn["from"], turn.get("value")
-    else:
-        role, content = turn.get("role"), turn.get("content")
-    if isinstance(content, list) and content and all(_is_text_part(part) for part in content):
-        content = "".join(part["text"] for part in content)
-    for part, text in (("role", role), ("content", content)):
-        if not isinstance(text, str):
-            raise ValueError(f"wrong type: a message's {part} in {field} is {kind_of(text)}, expected text")
-    return {"role": SHAREGPT_ROLES.get(role, role), "content": content}
-
-
-def _is_text_part(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    """Chat messages of any layout that `messages` reads."""
+    return Dialogue(tuple(turn.message for turn in turns_of(value, name)))
 
 
 # -------------------------------------------------------------------------------------------------- reasons
@@ -161,14 +174,14 @@ def _is_text_part(part: Any) -> bool:
 def refuse_empty(texts: dict[str, str]) -> None:
     for name, text in texts.items():
         if not text.strip():
-            raise ValueError(f"empty response: {_field(name)}")
+            raise ValueError(f"empty response: {field_of(name)}")
 
 
-def refuse_surrogates(prompt: str | list[Message], responses: Sequence[str] = ()) -> None:
+def refuse_surrogates(prompt: Prompt, responses: Sequence[str | Message] = ()) -> None:
     """Half a surrogate pair is legal in a Python string, and breaks every tokenizer and file."""
-    turns = [prompt] if isinstance(prompt, str) else [text for turn in prompt for text in (turn.role, turn.content)]
+    turns = [prompt] if isinstance(prompt, str) else [text for turn in prompt for text in (turn.role, said(turn))]
     try:
-        for text in (*turns, *responses):
+        for text in (*turns, *map(said, responses)):
             text.encode()
     except UnicodeEncodeError:
         raise ValueError(SURROGATE) from None
@@ -183,14 +196,3 @@ def check_number(value: Any, field: str) -> None:
         finite = False
     if not finite:
         raise ValueError(f"non-finite {field}")
-
-
-def _field(name: str) -> str:
-    """ "responses" of "responses[3]": reasons don't count elements."""
-    return name.partition("[")[0]
-
-
-def kind_of(value: Any) -> str:
-    """What a person calls the type of a JSON value."""
-    names = {str: "text", bool: "true/false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)

@@ -1,4 +1,4 @@
-"""One raw record, in any of the common layouts, to a `contracts.Record`.
+"""One raw record, in any of the common layouts, to a `records.Record`.
 
 What a kind of record has beside its prompt (`dialogues` says how that is found):
   * demonstration: `response`, or a dialogue whose last assistant turn it is;
@@ -18,19 +18,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.dialogues import (
-    DIALOGUES,
-    SURROGATE,
-    answered,
-    check_number,
-    dialogue,
-    explicit_prompt,
-    kind_of,
-    prompted,
-    refuse_surrogates,
-    with_system,
-)
-from pipeline.records import RECORDS, Message, Record, RecordKind
+from pipeline.dialogues import answered, check_number, completed, explicit_prompt, prompted, refuse_surrogates
+from pipeline.messages import DIALOGUES, SURROGATE, kind_of, turns_of
+from pipeline.records import RECORDS, Dialogue, Record, RecordKind
 from pipeline.trajectories import RESPONSES, trajectories
 
 LIGHTEST, HEAVIEST = 1e-30, 1e30
@@ -66,18 +56,17 @@ def _check_weight(weight: Any) -> None:
         raise ValueError("weight beyond float32")
 
 
-def parse_prompt(value: Mapping[str, Any]) -> str | list[Message]:
+def parse_prompt(value: Mapping[str, Any]) -> str | Dialogue:
     """The prompt of a record whose responses, if any, do not matter (sampling). Raises ValueError."""
     given = {field: content for field, content in value.items() if content is not None}
     prompt = explicit_prompt(given, ("prompt", *DIALOGUES))
     if prompt is None:
         raise ValueError("missing field: prompt")
-    if "prompt" not in given and prompt[-1]["role"] == "assistant":
+    if "prompt" not in given and prompt[-1].role == "assistant":
         prompt = prompt[:-1]
-    if isinstance(prompt, list) and not prompt:
+    if isinstance(prompt, Dialogue) and not prompt:
         raise ValueError("no prompt: the dialogue begins with the answer")
-    prompt = with_system(prompt, given)
-    prompt = prompt if isinstance(prompt, str) else [Message(**turn) for turn in prompt]
+    prompt = completed(prompt, given)
     refuse_surrogates(prompt)
     return prompt
 
@@ -91,10 +80,10 @@ def _demonstration(given: dict[str, Any]) -> dict[str, Any]:
         return {"prompt": prompt, "response": response}
     for field in DIALOGUES:
         if field in given:
-            prompt, response = answered(dialogue(given[field], field), field)
+            prompt, response = answered(turns_of(given[field], field), field)
             if not prompt:
                 raise ValueError(f"no prompt: {field} begins with the answer")
-            return {"prompt": with_system(prompt, given), "response": response}
+            return {"prompt": completed(prompt, given), "response": response}
     raise ValueError("missing field: response")
 
 
@@ -127,7 +116,7 @@ def _ranking(given: dict[str, Any]) -> dict[str, Any]:
         if len(numbers) != len(responses):
             raise ValueError(f"different numbers of responses and {field}")
     prompt, texts = prompted(given, {f"responses[{k}]": response for k, response in enumerate(responses)})
-    if len(set(texts)) < len(texts):
+    if any(texts[i] in texts[:i] for i in range(len(texts))):
         raise ValueError("two responses are the same")
     return {"prompt": prompt, "responses": texts, **orders}
 

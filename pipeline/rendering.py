@@ -14,13 +14,14 @@ Left out: reading records (`layouts`), steps of trajectories (`steps`), writing 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from pipeline.chat import Chat
 from pipeline.config import ConfigError, DataConfig
-from pipeline.records import Message, Record, Trajectories, Trajectory, Unpaired
+from pipeline.records import Dialogue, Message, Record, Trajectories, Trajectory, Unpaired, said
 from pipeline.steps import dialogue, last_tokens, plain
 from pipeline.tokens import Encoder
 
@@ -77,11 +78,12 @@ class Renderer:
             except ValueError as error:
                 raise ConfigError(f"data.chat_template: {error}; correct the template") from None
 
-    def prompt_ids(self, prompt: str | list[Message], room: int = 1) -> list[int]:
+    def prompt_ids(self, prompt: str | Sequence[Message], room: int = 1) -> list[int]:
         """Tokens of a prompt, [P], cut as a record's whose longest response has `room` tokens.
 
         Generation passes the most tokens that it will add. Raises ValueError if nothing fits, or there is no token.
         """
+        prompt = prompt if isinstance(prompt, str) else Dialogue.of(prompt)
         return self._cut_prompt(self._begun(self.encoder.encode(self._prompt_text(prompt))), prompt, room)
 
     def __call__(self, record: Record) -> Rendered:
@@ -92,11 +94,11 @@ class Renderer:
         prompt_text = self._prompt_text(record.prompt)
         if chat:
             own = self.encoder.encode(prompt_text)
-            parts = [self.chat.answer(record.prompt, prompt_text, text) for text in record.ranked]
+            parts = [self.chat.answer(record.prompt, prompt_text, response) for response in record.ranked]
             context = self.encoder.context(prompt_text, own)
             bodies = [self.encoder.after(*context, part).ids for part in parts]
         else:
-            parts = record.ranked
+            parts = [said(response) for response in record.ranked]
             own, bodies = self.encoder.sequence(prompt_text, parts)
         responses = [self._ended(body, chat) for body in bodies]
         whole = self._begun(own)
@@ -133,7 +135,7 @@ class Renderer:
             step_ends=[rollout.step_ends for rollout in rollouts],
         )
 
-    def _rollout(self, prompt: str | list[Message], text: str, ids: list[int], way: Trajectory) -> _Rollout:
+    def _rollout(self, prompt: str | Dialogue, text: str, ids: list[int], way: Trajectory) -> _Rollout:
         """One trajectory behind a prompt that is `text` and, as tokens, `ids`."""
         chat = not isinstance(prompt, str)
         segments = plain(way) if isinstance(prompt, str) else dialogue(self.chat, prompt, text, way)
@@ -170,7 +172,7 @@ class Renderer:
 
     # --------------------------------------------------------------------------------------------- prompt
 
-    def _prompt_text(self, prompt: str | list[Message]) -> str:
+    def _prompt_text(self, prompt: str | Dialogue) -> str:
         if not isinstance(prompt, str):
             return self.chat.prompt(prompt)
         return (self.data.prompt_template or "{prompt}").replace("{prompt}", prompt)
@@ -182,7 +184,7 @@ class Renderer:
             raise ValueError("empty prompt: the tokenizer has no BOS token to start from; give a prompt")
         return [self.bos, *ids[own:]] if self.encoder.adds_bos or own or not ids else ids
 
-    def _cut_prompt(self, ids: list[int], prompt: str | list[Message], room: int) -> list[int]:
+    def _cut_prompt(self, ids: list[int], prompt: str | Dialogue, room: int) -> list[int]:
         """Cut from the left behind what has to stay, so that `room` tokens of response fit if that is possible."""
         limit = self.data.max_prompt_length or self.data.max_length - 1
         wanted = min(limit, max(self.data.max_length - room, 1))
@@ -196,7 +198,7 @@ class Renderer:
             raise ValueError("nothing left of the prompt within max_prompt_length: system text and template fill it")
         return ids[:head] + ids[len(ids) - (kept - head) :]
 
-    def _frame(self, ids: list[int], prompt: str | list[Message]) -> tuple[int, int]:
+    def _frame(self, ids: list[int], prompt: str | Dialogue) -> tuple[int, int]:
         """How many tokens stay at the beginning, and at the end.
 
         BOS and the last token; of a chat, what the template writes before the first user's words (the system text
@@ -204,8 +206,8 @@ class Renderer:
         """
         if isinstance(prompt, str):
             return int(ids[0] == self.bos), 1
-        before = prompt[:1] if prompt[0].role == "system" else []
-        texts = [self._prompt_text([*before, Message(role="user", content=word)]) for word in ("0", "x")]
+        before = prompt[:1] if prompt[0].role == "system" else prompt[:0]
+        texts = [self._prompt_text(before.followed_by(Message(role="user", content=word))) for word in ("0", "x")]
         alike = [ids, *(self._begun(self.encoder.encode(text)) for text in texts)]
         return _shared(alike), max(1, _shared([tokens[::-1] for tokens in alike]))
 
@@ -218,6 +220,8 @@ class Renderer:
         """
         end = self._turn_end_ids if chat else []
         body, closing = (ids[: -len(end)], end) if end and ids[-len(end) :] == end else (ids, [])
+        if not closing and chat and body[-1:] and body[-1] in self.encoder.specials:  # e.g. the end of a turn of calls
+            body, closing = body[:-1], body[-1:]
         if not closing and self.eos is not None and body[-1:] == [self.eos]:
             body, closing = body[:-1], [self.eos]
         if not closing and last and self.data.append_eos:

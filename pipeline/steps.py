@@ -1,8 +1,9 @@
 """Trajectories to segments: stretches of text that the policy or the environment wrote, and where their steps end.
 
 In plain text, steps of one author in a row are one segment: they are tokenised together, as a model would write them.
-In a dialogue each run of policy steps is an assistant turn, its words and the end of the turn; all else that the template
-writes on the way (headers, other speakers' turns, the call for the next answer) is the environment's.
+In a dialogue each of the policy's messages, and each run of its steps without messages, is an assistant turn: what the template
+writes of it behind the call for it. All else that the template writes on the way (headers, other speakers' turns, answers of tools,
+the call for the next answer) is the environment's.
 
 A step's reward lands on the token with which its text ends: the last one whose last character is the step's. A step that
 shares its only token with the next one gives its reward to that token.
@@ -12,13 +13,15 @@ Left out: tokens of a segment (`tokens`), prompts and truncation (`rendering`).
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
+from os.path import commonprefix
 
-from pipeline.chat import Chat
-from pipeline.records import Message, Step, Trajectory
+from pipeline.chat import Chat, joined
+from pipeline.records import Dialogue, Message, Step, Trajectory
 
 REWRITTEN = "the chat template rewrites earlier turns: no token of a trajectory would keep its place"
 
@@ -42,23 +45,27 @@ def plain(trajectory: Trajectory) -> list[Segment]:
     return segments
 
 
-def dialogue(chat: Chat, prompt: Sequence[Message], prompt_text: str, trajectory: Trajectory) -> list[Segment]:
+def dialogue(chat: Chat, prompt: Iterable[Message], prompt_text: str, trajectory: Trajectory) -> list[Segment]:
     """Segments of a trajectory behind a dialogue; `prompt_text` and they are what the template writes.
 
     Raises ValueError where the template does not write a longer dialogue as a continuation of a shorter one.
     """
-    turns, text = list(prompt), prompt_text
+    turns, text = Dialogue.of(prompt), prompt_text
     segments: list[Segment] = []
     runs = list(_runs(trajectory))
     for i, (policy, steps) in enumerate(runs):
         if policy:
-            words = "".join(step.text for step in steps)
-            part = chat.answer(turns, text, words)
-            turns.append(Message(role="assistant", content=words))
-            segments.append(Segment(part, _ends_of_words(part, words, steps), _rewards(steps), True))
+            if segments and segments[-1].policy:  # two turns in a row: the call for the second is between them
+                call = _rest(chat.prompt(turns), text)
+                segments += [Segment(call, [], [], False)] if call else []
+                text += call
+            answer = steps[0].message or "".join(step.text for step in steps)
+            part = chat.answer(turns, text, answer)
+            turns = joined(turns, answer)
+            segments.append(Segment(part, _ends_of_words(part, chat.turn_end[1], steps), _rewards(steps), True))
         else:
             part, ends = _others(chat, turns, text, steps, answered=i + 1 < len(runs))
-            turns += [Message(role=step.speaker, content=step.text) for step in steps]
+            turns = turns.followed_by(*map(_message, steps))
             segments.append(Segment(part, ends, _rewards(steps), False))
         text += part
     return segments
@@ -76,34 +83,68 @@ def last_tokens(segment: Segment, ends: Sequence[int]) -> list[int]:
 
 
 def _runs(trajectory: Trajectory) -> Iterator[tuple[bool, list[Step]]]:
-    """Steps of one author in a row, and whether that is the policy."""
-    return ((policy, list(steps)) for policy, steps in groupby(trajectory.steps, lambda step: step.role == "policy"))
+    """Steps of one author in a row, and whether that is the policy; each of its messages is a run of its own."""
+    for policy, run in groupby(trajectory.steps, lambda step: step.role == "policy"):
+        steps = list(run)
+        if policy and steps[0].message is not None:
+            yield from ((True, [step]) for step in steps)
+        else:
+            yield policy, steps
 
 
 def _rewards(steps: list[Step]) -> list[float]:
     return [step.reward for step in steps]
 
 
-def _ends_of_words(part: str, words: str, steps: list[Step]) -> list[int]:
-    """Where steps end in an assistant turn; templates may strip the words and write something before them."""
+def _message(step: Step) -> Message:
+    return step.message or Message(role=step.speaker, content=step.text)
+
+
+def _ends_of_words(part: str, end: str, steps: list[Step]) -> list[int]:
+    """Where steps end in an assistant turn that closes with `end`; what the template writes around the words is not theirs."""
+    words, spoken = "".join(step.text for step in steps), part.removesuffix(end)
+    if steps[0].message is not None and not steps[0].message.plain:
+        return [len(spoken)]
+    ends = list(accumulate(len(step.text) for step in steps))
     stripped = words.strip()
-    start, lead = part.rindex(stripped), len(words) - len(words.lstrip())
-    return [start + min(max(end - lead, 0), len(stripped)) for end in accumulate(len(step.text) for step in steps)]
+    if stripped in part:
+        start, lead = part.rindex(stripped), len(words) - len(words.lstrip())
+        return [start + min(max(end - lead, 0), len(stripped)) for end in ends]
+    # Thoughts may begin in the prompt and get other white space: counted from the end, the letters are the same.
+    letters = [place for place, letter in enumerate(spoken) if not letter.isspace()]
+    behind = [len("".join(words[end:].split())) for end in ends]
+    return [letters[-1 - count] + 1 if count < len(letters) else 0 for count in behind]
 
 
-def _others(chat: Chat, turns: list[Message], text: str, steps: list[Step], answered: bool) -> tuple[str, list[int]]:
+def _others(chat: Chat, turns: Dialogue, text: str, steps: list[Step], answered: bool) -> tuple[str, list[int]]:
     """What the template writes for turns of others, up to the next call for an answer if there is one."""
-    ends = []
-    turns = list(turns)
+    written = []
     for step in steps:
-        turns.append(Message(role=step.speaker, content=step.text))
-        written = chat.dialogue(turns).rstrip()
-        if not written.startswith(text):
-            raise ValueError(REWRITTEN)
-        if step.text.strip() not in written[len(text) :]:
-            raise ValueError("the chat template leaves out a turn")
-        ends.append(len(written) - len(text))
-    whole = chat.prompt(turns) if answered else written
-    if not whole.startswith(written):
+        turns = turns.followed_by(_message(step))
+        written.append(chat.dialogue(turns).rstrip())
+        _check_written(step.text.strip(), _rest(written[-1], text))
+    whole = chat.prompt(turns) if answered else written[-1]
+    part = _rest(whole, text)
+    _rest(whole, written[-1])
+    # A template that joins turns writes an end behind the first one alone that it does not write behind both.
+    return part, [_alike(shorter, whole) - len(text) for shorter in written]
+
+
+def _alike(one: str, other: str) -> int:
+    """How many letters two texts begin with alike."""
+    return len(commonprefix([one, other]))  # noqa: RUF071 (letter by letter is what is meant)
+
+
+def _check_written(words: str, part: str) -> None:
+    """Templates may write what a tool said as JSON."""
+    if not any(
+        written in part for written in (words, *(json.dumps(words, ensure_ascii=x)[1:-1] for x in (True, False)))
+    ):
+        raise ValueError("the chat template leaves out a turn")
+
+
+def _rest(whole: str, text: str) -> str:
+    """What a longer dialogue adds to a shorter one."""
+    if not whole.startswith(text):
         raise ValueError(REWRITTEN)
-    return whole[len(text) :], ends
+    return whole[len(text) :]

@@ -289,8 +289,8 @@ def test_faults_are_refused_with_a_reason_that_can_be_counted(kind, value, reaso
 
 def test_the_prompt_alone():
     assert parse_prompt({"prompt": "p"}) == "p"
-    assert parse_prompt({"messages": [user("hi"), assistant("a")]}) == [Message(role="user", content="hi")]
-    assert parse_prompt({"conversations": [{"from": "human", "value": "hi"}], "system": "s"}) == [
+    assert list(parse_prompt({"messages": [user("hi"), assistant("a")]})) == [Message(role="user", content="hi")]
+    assert list(parse_prompt({"conversations": [{"from": "human", "value": "hi"}], "system": "s"})) == [
         Message(role="system", content="s"),
         Message(role="user", content="hi"),
     ]

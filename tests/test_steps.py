@@ -224,7 +224,7 @@ def test_templates_that_rewrite_earlier_turns_are_refused():
 
 def test_a_template_that_drops_other_speakers_is_refused():
     deaf = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
-    with pytest.raises(ValueError, match=r"^the chat template leaves out a turn$"):
+    with pytest.raises(ValueError, match=r"^the chat template leaves out the words of a turn \(tool\)$"):
         render(byte_level(deaf), [said("a"), tool("x"), said("b")], prompt=chat("hi"))
 
 

@@ -1,0 +1,251 @@
+"""Messages of many makers: each field is read, or known to say nothing, or refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pipeline.layouts import parse, parse_prompt
+from pipeline.messages import tools_of, turns_of
+from pipeline.records import Dialogue, Message
+
+USER = {"role": "user", "content": "Weather in Oslo?"}
+CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+ANSWERED = {"role": "tool", "content": "3 C", "tool_call_id": "c1", "name": "weather"}
+FUNCTION = {"name": "weather", "description": "now", "parameters": {"type": "object", "properties": {}}}
+TOOL = {"type": "function", "function": FUNCTION}
+
+
+def read(*turns: dict) -> list[Message]:
+    return [turn.message for turn in turns_of(list(turns), "messages")]
+
+
+@pytest.mark.parametrize(
+    "calling",
+    [
+        CALLING,
+        {"role": "assistant", "tool_calls": [CALL]},
+        CALLING | {"tool_calls": json.dumps([CALL])},
+        CALLING | {"tool_calls": [json.dumps(CALL)]},
+        CALLING | {"tool_calls": [{**CALL, "index": None}], "audio": None, "function_call": None, "refusal": ""},
+        CALLING | {"id": "m7", "timestamp": 3, "model": "x"},
+    ],
+)
+def test_calls_of_tools(calling):
+    assert read(calling) == [Message(role="assistant", tool_calls=(CALL,))]
+
+
+@pytest.mark.parametrize(
+    "calling",
+    [
+        {"from": "function_call", "value": json.dumps(CALL["function"])},
+        {"role": "assistant", "content": None, "function_call": CALL["function"]},
+        {"role": "assistant", "tool_calls": [CALL["function"]]},
+        {"role": "assistant", "tool_calls": [{"name": "weather", "parameters": {"city": "Oslo"}}]},
+    ],
+)
+def test_calls_that_are_a_function_alone(calling):
+    assert read(calling) == [
+        Message(role="assistant", tool_calls=({"type": "function", "function": CALL["function"]},))
+    ]
+
+
+def test_arguments_stay_as_they_are_given():
+    text = '{"city":"Oslo"}'
+    (message,) = read(CALLING | {"tool_calls": [{"function": {"name": "f", "arguments": text}}]})
+    assert message.tool_calls[0]["function"]["arguments"] == text
+    for nothing in (None, "", {}):
+        (message,) = read(CALLING | {"tool_calls": [{"function": {"name": "f", "arguments": nothing}}]})
+        assert message.tool_calls[0]["function"]["arguments"] == {}
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_under_their_names(name):
+    assert read({"role": "assistant", "content": "4", name: "2+2"}) == [
+        Message(role="assistant", content="4", reasoning_content="2+2")
+    ]
+
+
+def test_thoughts_and_words_in_parts():
+    parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "4"}, {"type": "text", "text": "2"}]
+    assert read({"role": "assistant", "content": parts}) == [
+        Message(role="assistant", content="42", reasoning_content="hm")
+    ]
+
+
+def test_answers_of_tools_under_their_names():
+    for role in ("tool", "function", "observation"):
+        assert read(ANSWERED | {"role": role}) == [
+            Message(role="tool", content="3 C", tool_call_id="c1", name="weather")
+        ]
+    assert read({"from": "observation", "value": ""}) == [Message(role="tool", content="")]
+    assert read({"role": "tool", "content": None}) == [Message(role="tool", content="")]
+
+
+@pytest.mark.parametrize(
+    ("turn", "reason"),
+    [
+        (USER | {"audio": {"id": "x"}}, "a message has a field that is not understood: 'audio'"),
+        (USER | {"image_url": "x"}, "a message has a field that is not understood: 'image_url'"),
+        (
+            USER | {"content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            "a message has content that is no text: 'image_url'",
+        ),
+        (
+            USER | {"content": [{"type": "text", "text": "a"}, {"type": "image"}]},
+            "a message has content that is no text: 'image'",
+        ),
+        (
+            USER | {"content": [{"type": "text", "text": "a", "cache_control": {"type": "x"}}]},
+            "a part of a message has a field that is not understood: 'cache_control'",
+        ),
+        ({"role": "assistant", "content": None}, "wrong type: a message's content in messages is null, expected text"),
+        (USER | {"tool_calls": [CALL]}, "tool calls in a message that is not the assistant's"),
+        (CALLING | {"tool_calls": "{"}, "broken JSON: the text of tool_calls"),
+        (CALLING | {"tool_calls": 5}, "wrong type: tool_calls is a number, expected a list of calls"),
+        (CALLING | {"tool_calls": [{"function": {"arguments": {}}}]}, "a tool call has no name"),
+        (CALLING | {"tool_calls": [{**CALL, "type": "custom"}]}, "a tool call is no function's"),
+        (CALLING | {"tool_calls": [{**CALL, "extra": 1}]}, "a tool call has a field that is not understood: 'extra'"),
+        (
+            CALLING | {"tool_calls": [{"name": "f", "arguments": [1]}]},
+            "wrong type: a call's arguments are a list, expected an object or its JSON text",
+        ),
+        ({"from": "function_call", "value": "weather(Oslo)"}, "broken JSON: the text of tool_calls"),
+        (
+            {"role": "assistant", "content": "a", "reasoning": "x", "thinking": "y"},
+            "a message has two different reasonings",
+        ),
+        (USER | {"name": 5}, "wrong type: a message's name in messages, expected text"),
+        (USER | {"weight": 1}, "a message that is marked to be trained on is not the assistant's"),
+        (
+            {"role": "assistant", "content": "a", "weight": 0.5},
+            "a message's weight is neither true or false nor 0 or 1",
+        ),
+        (
+            {"role": "assistant", "content": "a", "weight": 0, "train": True},
+            "a message is marked both to be trained on and not to be",
+        ),
+    ],
+)
+def test_what_is_not_understood_is_refused_with_a_reason_that_can_be_counted(turn, reason):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the whole text is compared below)
+        read(turn)
+    assert str(caught.value) == reason
+
+
+def test_tools_in_their_layouts():
+    for given in ([TOOL], [FUNCTION], json.dumps([TOOL]), json.dumps([FUNCTION]), [json.dumps(TOOL)], TOOL):
+        assert tools_of(given) == (TOOL,)
+    assert [tools_of(nothing) for nothing in (None, [], "", "[]", {})] == [None] * 5
+    for given, reason in (
+        (["hammer"], "wrong type: a tool is text, expected a function"),
+        ("hammer", "broken JSON: the text of tools"),
+        ([5], "wrong type: a tool is a number, expected a function"),
+        ([{"type": "web_search"}], "a tool is no function"),
+        ([{"type": "function", "function": {"description": "x"}}], "a tool has no name"),
+    ):
+        with pytest.raises(ValueError, match=f"^{reason}$"):
+            tools_of(given)
+
+
+# --------------------------------------------------------------------------------------------------------- records
+
+
+def test_json_text_is_read_as_messages():
+    turns = [USER, {"role": "assistant", "content": "3 C"}]
+    expected = parse({"messages": turns}, "demonstration")
+    assert parse({"messages": json.dumps(turns)}, "demonstration") == expected
+    assert parse({"messages": [json.dumps(turn) for turn in turns]}, "demonstration") == expected
+    assert parse({"prompt": json.dumps(turns[:1]), "response": json.dumps(turns[1:])}, "demonstration") == expected
+    chosen, rejected = ([USER, {"role": "assistant", "content": text}] for text in "ab")
+    pair = {"chosen": json.dumps(chosen), "rejected": json.dumps(rejected)}
+    assert parse(pair, "preference") == parse({"chosen": chosen, "rejected": rejected}, "preference")
+    assert parse({"prompt": "p", "response": '[{"a": 1}]'}, "demonstration").response == '[{"a": 1}]'
+    with pytest.raises(ValueError, match=r"^broken JSON: the text of messages$"):
+        parse({"messages": "[{"}, "demonstration")
+    with pytest.raises(ValueError, match=r"^bad Unicode: half of a surrogate pair$"):
+        parse({"messages": json.dumps([USER | {"content": "\ud800"}, turns[1]])}, "demonstration")
+
+
+def test_tools_and_options_go_with_the_prompt():
+    value = {"tools": [FUNCTION], "chat_template_kwargs": {"enable_thinking": False}, "prompt": "hi", "response": "a"}
+    expected = Dialogue((Message(role="user", content="hi"),), (TOOL,), {"enable_thinking": False})
+    assert parse(value, "demonstration").prompt == expected
+    assert parse_prompt(value) == expected
+    assert parse(value | {"label": 1}, "unpaired").prompt == expected
+    assert parse(value | {"reward": 1}, "trajectory").prompt == expected
+    assert parse(value | {"chosen": "a", "rejected": "b"}, "preference").prompt == expected
+    assert parse(value | {"responses": ["a", "b"], "ranks": [1, 2]}, "ranking").prompt == expected
+    way = {"messages": [{"role": "assistant", "content": "a"}], "reward": 1, "tools": [TOOL]}
+    assert parse({"prompt": [{"role": "user", "content": "hi"}], "trajectories": [way]}, "trajectory").prompt.tools == (
+        TOOL,
+    )
+    with pytest.raises(ValueError, match=r"different tools"):
+        parse({"prompt": "hi", "trajectories": [way, way | {"tools": None}]}, "trajectory")
+
+
+def test_responses_with_more_than_words_are_messages():
+    for kind, fields in (
+        ("demonstration", {"response": CALLING}),
+        ("unpaired", {"completion": CALLING, "label": 1}),
+        ("preference", {"chosen": CALLING, "rejected": {"role": "assistant", "content": "no"}}),
+        ("ranking", {"responses": [CALLING, {"role": "assistant", "content": "no"}], "ranks": [1, 2]}),
+    ):
+        best = parse({"prompt": [USER], **fields}, kind).ranked[0]
+        assert best == Message(role="assistant", tool_calls=(CALL,))
+    with pytest.raises(ValueError, match=r"^chosen and rejected are the same$"):
+        parse({"prompt": [USER], "chosen": CALLING, "rejected": CALLING}, "preference")
+    other = CALLING | {"tool_calls": [{**CALL, "function": {"name": "weather", "arguments": {"city": "Rome"}}}]}
+    assert len(parse({"prompt": [USER], "chosen": CALLING, "rejected": other}, "preference").ranked) == 2
+
+
+def test_turns_that_are_not_to_be_trained_on():
+    turns = [
+        USER,
+        {"role": "assistant", "content": "a", "weight": 1},
+        USER,
+        {"role": "assistant", "content": "b", "weight": 0},
+    ]
+    record = parse({"messages": turns}, "demonstration")
+    assert (len(record.prompt), record.response) == (1, "a")
+    (way,) = parse(
+        {"messages": [*turns, {"role": "assistant", "content": "c"}], "reward": 1}, "trajectory"
+    ).trajectories
+    assert [step.role for step in way.steps] == ["policy", "environment", "environment", "policy"]
+    with pytest.raises(ValueError, match=r"^no assistant turn is to be trained on: messages$"):
+        parse({"messages": [USER, {"role": "assistant", "content": "b", "train": False}]}, "demonstration")
+
+
+def test_the_turn_that_an_explicit_prompt_ends_with_is_continued():
+    begun = [USER, {"role": "assistant", "content": "It is"}]
+    assert parse({"prompt": begun, "response": " cold"}, "demonstration").prompt.continued
+    assert parse_prompt({"prompt": begun}).continued
+    whole = [*begun, {"role": "assistant", "content": "cold"}]  # two turns of a dialogue
+    assert not parse({"messages": whole}, "demonstration").prompt.continued
+    assert not parse_prompt({"messages": whole}).continued
+
+
+def test_a_trajectory_is_turns_and_what_they_call():
+    turns = [
+        USER,
+        CALLING | {"reward": 0.5},
+        ANSWERED,
+        ANSWERED | {"content": ""},
+        {"role": "assistant", "content": "Cold."},
+    ]
+    record = parse({"messages": turns, "reward": 1}, "trajectory")
+    (way,) = record.trajectories
+    assert [(step.role, step.text, step.reward) for step in way.steps] == [
+        ("policy", "", 0.5),
+        ("environment", "3 C", 0.0),
+        ("environment", "", 0.0),
+        ("policy", "Cold.", 0.0),
+    ]
+    assert way.steps[0].message.tool_calls == (CALL,)
+    other = json.loads(json.dumps(turns).replace('"city": "Oslo"', '"city": "Rome"'))
+    both = [{"messages": turns, "reward": 1}, {"messages": other, "reward": 0}]
+    assert len(parse({"trajectories": both}, "trajectory").trajectories) == 2, "they call with other arguments"
+    with pytest.raises(ValueError, match=r"^equal trajectories with different rewards$"):
+        parse({"trajectories": [both[0], both[0] | {"reward": 0}]}, "trajectory")
