@@ -85,7 +85,7 @@ class Chat:
         if body is not None:
             return body
         if given.tool_calls:
-            raise ValueError("the chat template writes a turn with tool calls otherwise than behind its prompt")
+            return self._calling(dialogue, prompt, split or given, opened)
         if given.reasoning_content:
             if self.forms.tags is None:
                 raise ValueError("the chat template leaves out the reasoning of an answer")
@@ -116,6 +116,18 @@ class Chat:
         else:
             return None
         return body + end if self._holds(body, given) else None
+
+    def _calling(self, dialogue: Dialogue, prompt: str, given: Message, opened: bool) -> str:
+        """A turn of calls, whose thoughts, which the prompt may have opened, the template takes away."""
+        tags, before, thought = self.forms.tags, prompt, ""
+        if tags is not None:
+            before = prompt[: prompt.rindex(tags[0])] if opened else prompt
+            if given.reasoning_content:
+                thought = fold(given.reasoning_content, "", tags)
+        body = self._behind(dialogue, before, given.model_copy(update={"reasoning_content": None}))
+        if body is None:
+            raise ValueError("the chat template writes a turn with tool calls otherwise than behind its prompt")
+        return (self._without_opening(thought, prompt) if opened else thought) + body
 
     def _holds(self, text: str, given: Message) -> bool:
         """Whether a turn's text has the answer's words and thoughts, one after the other, and no thoughts twice."""

@@ -117,28 +117,26 @@ class Forms:
 
     def _ask(self, role: str, words: bool, thought: bool, calls: int, named: bool) -> Form | str:
         """The first form in which everything comes out, or the reason why there is none."""
-        missing: set[str] = set()
-        asked = False
+        fewest: set[str] | None = None
         folds = (False, True) if thought and self.tags is not None else (False,)
         for folded, blank in product(folds, (False,) if words else (False, True)):
             takes: set[type] = set()
             for kind in (dict, str) if calls else (dict,):
                 probe = _probe(role, words, thought, calls, named, kind)
-                form = Form(folded, blank)
-                left_out = self._left_out(form(probe, self.tags), probe, kind)
-                if (
-                    folded and left_out is not None
-                ):  # templates take thoughts in tags out of turns that they know the end of
-                    left_out -= {_REASONING}
-                asked |= left_out is not None
+                left_out = self._left_out(Form(folded, blank)(probe, self.tags), probe, kind)
                 if left_out == set():
                     takes.add(kind)
-                missing |= left_out or set()
+                if left_out is not None and (fewest is None or len(left_out) < len(fewest)):
+                    fewest = left_out
             if takes:
                 return Form(folded, blank, frozenset(takes))
-        if not asked:
-            return self._ask(role, words, thought, 1, named) if calls > 1 else Form(folded=bool(thought and self.tags))
-        return f"the chat template leaves out {' and '.join(sorted(missing))}"
+        if (
+            fewest == {_REASONING} and self.tags is not None
+        ):  # it takes thoughts out of all turns: they are for the answer alone
+            return self._ask(role, words, False, calls, named)
+        if fewest is None:
+            return self._ask(role, words, thought, 1, named) if calls > 1 else Form()
+        return f"the chat template leaves out {' and '.join(sorted(fewest))}"
 
     def _left_out(self, turn: dict[str, Any], probe: Message, kind: type) -> set[str] | None:
         """What of a turn does not come out; None: the template refuses it wherever it stands."""

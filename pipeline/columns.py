@@ -15,7 +15,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from pipeline.config import Source, TrajectoryColumns
-from pipeline.dialogues import kind_of
+from pipeline.messages import kind_of
 
 _GROUPED = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?")
 """A number with a comma after each third digit."""
