@@ -63,13 +63,16 @@ class Chat:
         Raises ValueError, as all methods do, if the template refuses it or would leave some of it out.
         """
         dialogue = Dialogue.of(messages)
+        self._refuse_marks(dialogue.messages)
         if dialogue.continued:
             return self._unfinished(dialogue)
         return self._write(dialogue, add_generation_prompt=True) + self._opening
 
     def dialogue(self, messages: Iterable[Message]) -> str:
         """A dialogue as it stands."""
-        return self._write(Dialogue.of(messages))
+        dialogue = Dialogue.of(messages)
+        self._refuse_marks(message for message in dialogue.messages if message.role != "assistant")  # see `rendering`
+        return self._write(dialogue)
 
     def answer(self, messages: Iterable[Message], prompt: str, answer: str | Message) -> str:
         """The text that follows `prompt`, the dialogue's with the call for an answer, up to the end of the turn."""
@@ -207,6 +210,22 @@ class Chat:
             raise ValueError("the prompt ends with reasoning, for which the chat template has no tags")
         words = Message(role=last.role, content=f"{self.forms.tags[0]}\n{last.reasoning_content}", name=last.name)
         return replace(dialogue, messages=(*dialogue.messages[:-1], words))
+
+    @cached_property
+    def _marks(self) -> tuple[str, ...]:
+        """The special tokens among what the template writes around turns."""
+        frame = self._render([_turn("user", "x"), _turn("assistant", _PROBE)])
+        frame += self._render([_turn("user", "x")], add_generation_prompt=True)
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        specials = {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+        return tuple(sorted(token for token in specials if token in frame))
+
+    def _refuse_marks(self, messages: Iterable[Message]) -> None:
+        """Somebody's words that hold such a token would end their turn and begin another, in the system's name if they like."""
+        for message in messages:
+            words = f"{message.content or ''}{message.reasoning_content or ''}"
+            if any(mark in words for mark in self._marks):
+                raise ValueError("a message contains a special token with which the chat template marks turns")
 
     @cached_property
     def _opening(self) -> str:

@@ -24,6 +24,8 @@ from pipeline.config import ConfigError, Source, digest
 from pipeline.redaction import without_credentials
 
 ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
+TABLES = {".csv", ".tsv", ".xls", ".xlsx"}
+"""Files in which an empty text, the word "null" and nothing look alike."""
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
@@ -120,6 +122,10 @@ def _is_data(path: str, root: str, wanted: str) -> bool:
 
 def _format(fs: Any, path: str, source: Source, key: str) -> str:
     known = ENDINGS.get(_ending(path)) if source.format == "auto" else source.format
+    if known is None and _ending(path) in TABLES:
+        raise ConfigError(
+            f"{key}.path: {path} is a table, whose text has lost its types; write jsonl or parquet with the program that made it"
+        )
     if known is None:
         raise ConfigError(f"{key}.format: the ending of {path} says nothing; set format to jsonl or parquet")
     if known == "huggingface":

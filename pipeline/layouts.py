@@ -28,6 +28,9 @@ LIGHTEST, HEAVIEST = 1e-30, 1e30
 LABELS: dict[str | int | float, bool] = {"good": True, "bad": False, 1: True, 0: False}
 """Labels of an unpaired response; true and false are 1 and 0 to Python."""
 
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns in which data for other models keep what is no text."""
+
 
 def parse(value: Mapping[str, Any], kind: RecordKind, ties: str = "refuse") -> Record:
     """Read `value` as a record of `kind`; null counts as missing.
@@ -36,6 +39,7 @@ def parse(value: Mapping[str, Any], kind: RecordKind, ties: str = "refuse") -> R
     Raises ValueError with a short reason.
     """
     given = {field: content for field, content in value.items() if content is not None}
+    _refuse_media(given)
     if "weight" in given:
         _check_weight(given["weight"])
     try:
@@ -46,6 +50,13 @@ def parse(value: Mapping[str, Any], kind: RecordKind, ties: str = "refuse") -> R
     if kind == "ranking" and ties == "refuse" and record.tied:
         raise ValueError("tied ranks")
     return record
+
+
+def _refuse_media(given: Mapping[str, Any]) -> None:
+    """Pictures and sounds beside the text belong to what it says: without them a record means something else."""
+    for field in MEDIA:
+        if given.get(field):
+            raise ValueError(f"{field} beside the text: only text is read")
 
 
 def _check_weight(weight: Any) -> None:
@@ -59,6 +70,7 @@ def _check_weight(weight: Any) -> None:
 def parse_prompt(value: Mapping[str, Any]) -> str | Dialogue:
     """The prompt of a record whose responses, if any, do not matter (sampling). Raises ValueError."""
     given = {field: content for field, content in value.items() if content is not None}
+    _refuse_media(given)
     prompt = explicit_prompt(given, ("prompt", *DIALOGUES))
     if prompt is None:
         raise ValueError("missing field: prompt")

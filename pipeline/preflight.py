@@ -48,10 +48,13 @@ def check_lengths(config: RunConfig, model: str) -> None:
         raise ConfigError(
             f"data.max_length: {config.data.max_length}{beside} exceeds the model's context of {context} tokens; lower it"
         )
-    tokens = len(load_tokenizer(model, config.model.trust_remote_code))
-    if tokens > text.vocab_size:
+    tokenizer = load_tokenizer(model, config.model.trust_remote_code)
+    if len(tokenizer) > text.vocab_size:
+        beyond = [token for token, i in tokenizer.get_added_vocab().items() if i >= text.vocab_size]
+        added = f" (added: {', '.join(sorted(beyond)[:3])})" if beyond else ""
         raise ConfigError(
-            f"model.path: the tokenizer has {tokens} tokens, the model {text.vocab_size}; they do not belong together"
+            f"model.path: the tokenizer has {len(tokenizer)} tokens{added}, the model {text.vocab_size}; give the model as many "
+            f"(resize_token_embeddings({len(tokenizer)}), save_pretrained), or take the tokenizer that belongs to it"
         )
 
 
@@ -73,6 +76,13 @@ def check_rows(config: RunConfig, folder: Path) -> None:
     split = rows.split(config.data, config.seed)
     if len(split.train) == 0:
         raise ConfigError("data.eval_fraction: holds out every prompt; lower it or add records")
+    if shared := rows.also_trained(split):
+        logger.warning(
+            "data.eval_sources: the prompts of %d of %d held-out rows are trained on, too, which flatters eval/*; "
+            "take them out of data.sources, or hold out by data.eval_fraction",
+            shared,
+            len(split.eval),
+        )
     steps = Plan(config, rows.lengths[split.train]).total_steps
     if needs.critic and config.critic.steps_alone >= steps:
         raise ConfigError(

@@ -197,6 +197,10 @@ class Rows:
         mixed = _mix(train, self.source_index[train], [source.share for source in data.sources], seed)
         return Split(mixed, _positions(held_out), len(train) - len(mixed))
 
+    def also_trained(self, split: Split) -> int:
+        """Held-out rows whose prompt is trained on, too: possible with `data.eval_sources`, which choose their own prompts."""
+        return int(np.isin(self.prompt_hash[split.eval], self.prompt_hash[split.train]).sum())
+
 
 def weightless(data: DataConfig, weights: np.ndarray, source_index: np.ndarray) -> list[str]:
     """Warnings about sources all of whose rows have weight 0. weights, source_index [n]"""

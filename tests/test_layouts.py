@@ -277,6 +277,12 @@ RANKED = {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]}
             {"prompt": [user("z")], "chosen": [user("x"), assistant("a")], "rejected": [user("x"), assistant("b")]},
             "prompt is not what the dialogues beside it begin with",
         ),
+        ("preference", PAIR | {"images": ["x.png"]}, "images beside the text: only text is read"),
+        (
+            "demonstration",
+            {"prompt": "p", "response": "a", "audio": {}, "video": b"x"},
+            "video beside the text: only text is read",
+        ),
         ("preference", PAIR | {"chosen": "a\ud800"}, "bad Unicode: half of a surrogate pair"),
         ("preference", PAIR | {"prompt": [user("\udc00")]}, "bad Unicode: half of a surrogate pair"),
     ],
@@ -287,6 +293,13 @@ def test_faults_are_refused_with_a_reason_that_can_be_counted(kind, value, reaso
     assert str(caught.value) == reason
 
 
+def test_words_that_name_nothing_are_words():
+    """ "null" and "NaN" are answers like others; an empty list of pictures is no picture."""
+    value = {"prompt": "None", "chosen": "null", "rejected": "NaN", "images": [], "audio": None}
+    record = parse(value, "preference")
+    assert (record.prompt, record.chosen, record.rejected) == ("None", "null", "NaN")
+
+
 def test_the_prompt_alone():
     assert parse_prompt({"prompt": "p"}) == "p"
     assert list(parse_prompt({"messages": [user("hi"), assistant("a")]})) == [Message(role="user", content="hi")]
@@ -294,6 +307,8 @@ def test_the_prompt_alone():
         Message(role="system", content="s"),
         Message(role="user", content="hi"),
     ]
+    with pytest.raises(ValueError, match=r"^images beside the text"):
+        parse_prompt({"prompt": "p", "images": ["x.png"]})
     for value, reason in (({"text": "p"}, r"^missing field: prompt$"), ({"messages": [assistant("a")]}, r"^no prompt")):
         with pytest.raises(ValueError, match=reason):
             parse_prompt(value)

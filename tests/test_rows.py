@@ -147,6 +147,13 @@ def test_eval_sources_are_held_out_whole(tmp_path: Path) -> None:
     assert len(split.train) == len(split.eval) == 5
 
 
+def test_held_out_rows_whose_prompt_is_trained_on_are_counted(tmp_path: Path) -> None:
+    held = [row(10 + i, source=1, prompt=prompt) for i, prompt in enumerate([3, 3, 50, 60])]
+    rows = Rows(write(tmp_path / "rows", [*(row(i, prompt=i) for i in range(10)), *held]))
+    assert rows.also_trained(rows.split(data(eval_sources=[{"path": "y"}]), seed=0)) == 2
+    assert rows.also_trained(rows.split(data(sources=[{"path": "x"}, {"path": "y"}], eval_fraction=0.3), seed=0)) == 0
+
+
 def test_shares_set_the_mix_and_what_is_left_out_is_counted(tmp_path: Path) -> None:
     rows = Rows(write(tmp_path / "rows", [row(i, source=int(i >= 30)) for i in range(50)]))  # 30 + 20 rows
     config = data(sources=[{"path": "x", "share": 1}, {"path": "y", "share": 3}])

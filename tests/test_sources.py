@@ -278,6 +278,7 @@ def test_urls_are_opened_by_fsspec(tmp_path):
         ({"path": "nothing*.jsonl"}, r"^data\.sources\.0\.path: no file matches .*; check the pattern$"),
         ({"path": "empty"}, r"^data\.sources\.0\.path: .* holds no \.jsonl or .* file; name another folder or a file$"),
         ({"path": "a.txt"}, r"^data\.sources\.0\.format: the ending of .*a\.txt says nothing; set format to jsonl or"),
+        ({"path": "a.csv"}, r"^data\.sources\.0\.path: .*a\.csv is a table, .*; write jsonl or parquet with"),
         (
             {"path": "a.parquet"},
             r"^data\.sources\.0\.path: .*a\.parquet is not a readable parquet file \(.*\); replace",
@@ -304,7 +305,7 @@ def test_what_cannot_be_found_is_named_with_its_remedy(tmp_path, what, message):
     from datasets import Dataset, DatasetDict
 
     (tmp_path / "empty").mkdir()
-    for name in ("a.txt", "a.parquet"):
+    for name in ("a.txt", "a.csv", "a.parquet"):
         (tmp_path / name).write_text('{"n": 1}\n')
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"n": 1}\n' * 100)[:30])
     if what["path"] in ("saved", "flat"):

@@ -229,7 +229,7 @@ def test_a_template_that_drops_other_speakers_is_refused():
 
 
 def test_an_end_inside_an_earlier_turn_is_refused():
-    with pytest.raises(ValueError, match=r"^a response contains BOS, EOS or the end of a turn$"):
+    with pytest.raises(ValueError, match=r"^a message contains a special token"):
         render(byte_level(CHATML), [said("a<|im_end|>b"), tool("x"), said("c")], prompt=chat("hi"))
 
 
