@@ -18,21 +18,24 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.durable import digest_file, discard, flush, write_json
+from pipeline.durable import digest_file, discard, write_json
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 FOLDER, STATE, MANIFEST, SEAL = "checkpoints", "state.json", "manifest.json", ".seal"
 _NAME = re.compile(r"step-\d{8,}")
-_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
+BLOCK_BYTES = 2**26
+"""Of a tensor that are written and flushed at a time."""
 
 
 class Corrupt(UserError, ValueError):
@@ -42,23 +45,50 @@ class Corrupt(UserError, ValueError):
 # ------------------------------------------------------------------------------------------------ writing
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], beat: Callable[[], None] = lambda: None) -> None:
     """Write and flush one safetensors file, and beside it its seal (size and checksum, for the manifest).
 
-    Each writer seals its own files, so that checksums are computed in parallel and what `finish` sees is compared with
-    what was written. Tensors have to be on the CPU and contiguous. Raises OSError; then there is no file.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    Each writer seals its own files, so that checksums are computed in parallel, of what was to be written. Tensors have to
+    be float32, on the CPU and contiguous. Raises OSError; then there is no file.
 
+    beat: called whenever so many bytes (`BLOCK_BYTES`) have reached the disk: slow storage is no storage that hangs.
+    """
+    import xxhash
+
+    aside, content = path.with_name(f".{path.name}.new"), xxhash.xxh3_128()
     try:
-        save_file(dict(tensors), path)  # aside and renamed, with the interpreter's lock released
-    except SafetensorError as error:
-        if (number := _SYSTEM_ERROR.search(str(error))) is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-    flush(path)
-    path.with_name(path.name + SEAL).write_text(json.dumps(_entry(path)))
+        with aside.open("wb", buffering=0) as file:
+            for block in _blocks(tensors):
+                content.update(block)
+                left = memoryview(block)
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+                beat()
+            size = file.tell()
+        aside.rename(path)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+    path.with_name(path.name + SEAL).write_text(json.dumps({"size": size, "xxh3": content.hexdigest()}))
+
+
+def _blocks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """A safetensors file of these tensors, piece by piece: eight bytes with the header's length, the header, all numbers."""
+    header, end = {}, 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        assert tensor.dtype == torch.float32 and tensor.is_contiguous()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    described = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    described += b" " * (-len(described) % 8)
+    yield struct.pack("<Q", len(described)) + described
+    for name in sorted(tensors):
+        numbers = memoryview(tensors[name].detach().flatten().numpy()).cast("B") if tensors[name].numel() else b""
+        for start in range(0, len(numbers), BLOCK_BYTES):
+            yield numbers[start : start + BLOCK_BYTES]
 
 
 def deal(sizes: Mapping[str, int], parts: int) -> list[list[str]]:

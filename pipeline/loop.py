@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import group
 
 from pipeline.collate import collate
 from pipeline.config import ConfigError, RunConfig
@@ -161,7 +162,8 @@ def train_worker(
         if rank == 0:
             stack.enter_context(log_to(job.run / LOG_FILE))
         events = stack.enter_context(RunLog(job.run, rank, dist.get_world_size()))
-        watchdog = Watchdog(timeout, f"rank {rank}", job.run / LOG_FILE, job.run / f"stacks-{rank}.txt")
+        together = group.WORLD.get_group_store().clone() if timeout and dist.get_world_size() > 1 else None
+        watchdog = Watchdog(timeout, f"rank {rank}", job.run / LOG_FILE, job.run / f"stacks-{rank}.txt", together)
         beat = stack.enter_context(watchdog).beat
         _train(job, device, stop, stack.enter_context(Notice(device, draining)), events, beat)
 
@@ -178,7 +180,7 @@ def _train(
     rows = Rows(job.rows, job.reference, job.states)
     split = rows.split(config.data, config.seed)
     plan = Plan(config, rows.lengths[split.train])
-    saver = Saver.begin(job.run, config.checkpoint)
+    saver = Saver.begin(job.run, config.checkpoint, beat)
     if rank == 0 and (news := _news(last_start(job.run), saver.step)):
         tell(job.run, news)
     events.start(next_attempt(job.run) - 1, saver.step, plan.total_steps)
@@ -186,7 +188,7 @@ def _train(
     learner = Learner.start(own, job.model, job.frozen, device, saver.resume, cached=job.states is not None)
     learner.beat = beat
     watch = Watch(config.objective, saver.metrics, config.train.skip_nan)
-    log = MetricsFile(job.run / METRICS_FILE, saver.step, config.checkpoint.patience) if rank == 0 else None
+    log = MetricsFile(job.run / METRICS_FILE, saver.step, config.checkpoint.patience, beat) if rank == 0 else None
     try:
         with _closed(learner), saver:
             for step in range(saver.step, plan.total_steps):

@@ -46,7 +46,12 @@ def may_pass(error: OSError, root: Path) -> bool:
 
 
 def patiently(
-    act: Callable[[], T], root: Path, seconds: float, hurry: threading.Event | None = None, what: str = "storage"
+    act: Callable[[], T],
+    root: Path,
+    seconds: float,
+    hurry: threading.Event | None = None,
+    what: str = "storage",
+    beat: Callable[[], None] = lambda: None,
 ) -> T:
     """`act()`, again after each `OSError` that may pass, for as long as `seconds`; the first one is logged.
 
@@ -54,6 +59,7 @@ def patiently(
         act: may be called any number of times.
         root: a folder that is there for as long as its storage is; an error "no such file" while it is there is final.
         hurry: once set, nothing is tried again.
+        beat: called after each failure: waiting is bounded, and tells a watchdog that this is no hang.
 
     Raises StorageFailed, one line, when the time is over; other errors at once.
     """
@@ -65,6 +71,7 @@ def patiently(
         except OSError as error:
             if not may_pass(error, root):
                 raise
+            beat()
             now = time.monotonic()
             if started is None:
                 started = now

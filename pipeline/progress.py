@@ -37,10 +37,11 @@ class MetricsFile:
     Args:
         after: the step that training goes on from.
         patience: seconds that lines may wait.
+        beat: as in `patiently`.
     """
 
-    def __init__(self, path: Path, after: int, patience: float = 0.0) -> None:
-        self.path, self._patience = path, patience
+    def __init__(self, path: Path, after: int, patience: float = 0.0, beat: Callable[[], None] = lambda: None) -> None:
+        self.path, self._patience, self._beat = path, patience, beat
         self._waiting, self._since = b"", None
         # Steps beyond the checkpoint are about to be repeated: their lines would appear twice.
         kept = [line for line in read_metrics(path) if line["step"] <= after]
@@ -65,7 +66,7 @@ class MetricsFile:
     def close(self) -> None:
         """Write what waits. The file cannot be used afterwards."""
         if self._waiting:
-            patiently(self._write, self.path.parent, self._patience)
+            patiently(self._write, self.path.parent, self._patience, beat=self._beat)
 
     def _write(self) -> None:
         """Opened anew each time: a file server that was away may not know an old handle."""

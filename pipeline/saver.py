@@ -2,7 +2,8 @@
 
 The copy is this rank's share of weights and moments in host memory: 12 bytes a parameter, over all ranks. The thread writes
 and flushes its files; rank 0's waits for those of all ranks, then commits: until then the earlier checkpoint stands. At
-most one is under way. What goes wrong surfaces at the next step, on all ranks alike; the last one is waited for.
+most one is under way. What goes wrong surfaces at the next step, on all ranks alike; the last one is waited for. However
+long that takes, it is no hang for as long as bytes reach the disk.
 
 With `checkpoint.in_background=false` the same happens inside the step, with no copy: file by file.
 
@@ -40,8 +41,10 @@ logger = logging.getLogger(__name__)
 
 NICENESS = 10
 """Of the writing thread: its checksums take the processor time that training leaves."""
-LONELY_SECONDS = 600.0
-"""No rank takes longer for one file. If none comes for this time, the ranks do not write to the same storage."""
+LONELY_SECONDS = 120.0
+"""What one rank has written is seen by all others in this time, or they do not write to the same storage."""
+ROUND_SECONDS = 0.5
+"""How often ranks that wait for a checkpoint tell each other how far they are."""
 GRACE_SECONDS = 10.0
 """The same, after this rank's training has failed: others may be dead."""
 
@@ -53,10 +56,19 @@ class Saver:
         run: the run's folder.
         attempt: rank 0's right to commit.
         resume: the checkpoint that training goes on from.
+        beat: called whenever a piece of a checkpoint is on disk, and at each try to reach storage, which are bounded: what
+            a watchdog listens to. A write that hangs does not call it.
     """
 
-    def __init__(self, run: Path, settings: CheckpointConfig, attempt: Attempt | None, resume: Path | None) -> None:
-        self._run, self._settings, self._attempt = run, settings, attempt
+    def __init__(
+        self,
+        run: Path,
+        settings: CheckpointConfig,
+        attempt: Attempt | None,
+        resume: Path | None,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._run, self._settings, self._attempt, self._beat = run, settings, attempt, beat
         self.resume = resume
         state = checkpoint.read_state(resume) if resume else {"step": 0, "best": None, "metrics": {}}
         self.step: int = state["step"]
@@ -66,10 +78,10 @@ class Saver:
         self._write: Write | None = None
 
     @classmethod
-    def begin(cls, run: Path, settings: CheckpointConfig) -> Saver:
+    def begin(cls, run: Path, settings: CheckpointConfig, beat: Callable[[], None] = lambda: None) -> Saver:
         """Take over the run (rank 0) and agree on the checkpoint to go on from."""
         attempt = Attempt.begin(run) if dist.get_rank() == 0 else None
-        return cls(run, settings, attempt, agree(checkpoint.latest(run) if attempt else None))
+        return cls(run, settings, attempt, agree(checkpoint.latest(run) if attempt else None), beat)
 
     def save(self, learner: Learner, step: int, metrics: dict[str, float], wait: bool = False) -> float:
         """Begin to write the checkpoint of `step`, after waiting for the one before → seconds.
@@ -77,7 +89,7 @@ class Saver:
         wait: until this one is committed, too, as without `in_background`. Raises what `poll` raises.
         """
         began = time.monotonic()
-        self._settle(learner.beat)
+        self._settle()
         folder, attempt = agree((self._make_folder(step), self._attempt.number) if self._attempt else None)
         self._note_best(step, metrics)
         state = {"step": step, "updates": learner.updates(), "best": self._best, "metrics": metrics}
@@ -85,13 +97,12 @@ class Saver:
         parts = learner.parts(copied=background)
         commit = partial(self._commit, folder, state, learner.files()) if self._attempt else None
         own = Place(folder, self._run, attempt, self._settings.patience)
-        self._write = Write(list(parts) if background else parts, own, commit)
-        if background:
-            self._write.start()
-        else:
-            self._write.run()
+        self._write = Write(list(parts) if background else parts, own, commit, self._beat)
+        if not background:
+            self._write.write_parts()
+        self._write.start()
         if wait or not background:
-            self._settle(learner.beat)
+            self._settle()
         return time.monotonic() - began
 
     @property
@@ -106,15 +117,17 @@ class Saver:
         """
         if self._write is None:
             return
-        done, outcomes = self._write.done, [None] * dist.get_world_size()
+        done, written, outcomes = self._write.done, self._write.written, [None] * dist.get_world_size()
         mine = self._write.error  # asked second: what is done without an error when asked first may have failed since
         told = (type(mine) if isinstance(mine, UserError) else RuntimeError, _one_line(mine)) if mine else None
-        dist.all_gather_object(outcomes, (done, told))
-        for _, error in outcomes:
+        dist.all_gather_object(outcomes, (done, written, told))
+        for *_, error in outcomes:
             if error is not None:
                 self._give_up()
                 raise error[0](error[1])
-        if all(done for done, _ in outcomes):
+        if all(written for _, written, _ in outcomes):
+            self._write.all_written.set()
+        if all(done for done, *_ in outcomes):
             self._write = None
 
     def __enter__(self) -> Saver:
@@ -133,12 +146,11 @@ class Saver:
                 logger.warning("the checkpoint under way was not saved: %s", _one_line(self._write.error))
             self._write = None
 
-    def _settle(self, beat: Callable[[], None] = lambda: None) -> None:
-        """No checkpoint is under way, or raise why it failed."""
-        if self._write is not None:
-            self._write.wait(beat)
+    def _settle(self) -> None:
+        """No checkpoint is under way, or raise why it failed: as soon as it has failed on any rank."""
+        while self._write is not None:
+            self._write.wait(ROUND_SECONDS)
             self.poll()
-            assert self._write is None, "every rank has waited for its own"
 
     def _give_up(self) -> None:
         """Leave the checkpoint under way; what there is of it takes space that somebody may be short of."""
@@ -153,13 +165,14 @@ class Saver:
     def _make_folder(self, step: int) -> Path:
         attempt = self._attempt
         assert attempt is not None
-        return patiently(partial(attempt.temporary, step), self._run, self._settings.patience)
+        return patiently(partial(attempt.temporary, step), self._run, self._settings.patience, beat=self._beat)
 
     def _commit(self, folder: Path, state: dict[str, Any], files: list[str]) -> None:
         """Rank 0: complete the checkpoint when all files are there, and delete what is not kept."""
         assert self._attempt is not None and self._write is not None
-        patient = partial(patiently, root=self._run, seconds=self._settings.patience, hurry=self._write.hurry)
-        patient(partial(_await_files, folder, files, self._write.hurry))
+        write, seconds = self._write, self._settings.patience
+        patient = partial(patiently, root=self._run, seconds=seconds, hurry=write.hurry, beat=self._beat)
+        patient(partial(_await_files, folder, files, write.all_written, write.hurry, self._beat))
         patient(partial(checkpoint.finish, folder, state))
         patient(partial(self._attempt.commit, folder, state["step"]))
         best = checkpoint.path_of(self._run, state["best"]["step"]) if state["best"] else None
@@ -189,34 +202,40 @@ class Write:
     """One rank's part in writing a checkpoint: its files, then on rank 0 the commit."""
 
     def __init__(
-        self, parts: Iterable[tuple[str, dict[str, Tensor]]], place: Place, commit: Callable[[], None] | None
+        self,
+        parts: Iterable[tuple[str, dict[str, Tensor]]],
+        place: Place,
+        commit: Callable[[], None] | None,
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
-        self.done = False
+        self.written = self.done = False
+        """Whether this rank's files are written, and whether all is done; either way, there may be an error."""
         self.error: Exception | None = None
         self.hurry = threading.Event()
         """Set when training has failed: nothing is tried again, nobody is waited for in vain."""
+        self.all_written = threading.Event()
+        """Set when the files of all ranks are written, as far as their writers know."""
         self.place = place
-        self._parts, self._commit = parts, commit
+        self._parts, self._commit, self._beat = iter(parts), commit, beat
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """`run` in a thread that yields to all others."""
+        """Write what `write_parts` has not written yet, and commit, in a thread that yields to all others.
+
+        An error is kept in `error`, for the main thread to raise on all ranks alike.
+        """
         self._thread = threading.Thread(target=self._run_aside, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def run(self) -> None:
-        """Write and commit; an error is kept in `error`, for the main thread to raise on all ranks alike."""
-        self._write_parts()
-        self._parts = ()  # the copy is gone before the others are waited for
-        if self._commit is not None:
-            self._do(self._commit)
-        self.done = True
-
-    def _write_parts(self) -> None:
+    def write_parts(self) -> None:
+        """Write this rank's files."""
+        place = self.place
         for name, tensors in self._parts:
-            write = partial(checkpoint.write_tensors, self.place.folder / name, tensors)
-            self._do(partial(patiently, write, self.place.run, self.place.patience, self.hurry))
+            write = partial(checkpoint.write_tensors, place.folder / name, tensors, self._beat)
+            self._do(partial(patiently, write, place.run, place.patience, self.hurry, beat=self._beat))
             # After an error all is skipped but the asking: where it gathers over ranks, the others need this one.
+        self._parts = iter(())  # the copy is gone before the others are waited for
+        self.written = True
 
     def _do(self, act: Callable[[], Any]) -> None:
         if self.error is not None:
@@ -235,33 +254,43 @@ class Write:
             return superseded
         return None
 
-    def wait(self, beat: Callable[[], None] = lambda: None) -> None:
-        """Until the thread has ended; `beat` tells a watchdog that this is no hang: patience is bounded."""
-        while self._thread is not None and self._thread.is_alive():
-            self._thread.join(0.5)
-            beat()
+    def wait(self, seconds: float | None = None) -> None:
+        """Until the thread has ended, or for so long."""
+        if self._thread is not None:
+            self._thread.join(seconds)
 
     def _run_aside(self) -> None:
         if sys.platform == "linux":  # elsewhere the call is about the whole process
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-        self.run()
+        self.write_parts()
+        if self._commit is not None:
+            self._do(self._commit)
+        self.done = True
 
 
-def _await_files(folder: Path, names: Iterable[str], hurry: threading.Event) -> None:
-    """Return when all files of a checkpoint are sealed. Raises Corrupt when no further one comes."""
+def _await_files(
+    folder: Path,
+    names: Iterable[str],
+    all_written: threading.Event,
+    hurry: threading.Event,
+    beat: Callable[[], None],
+) -> None:
+    """Return when all files of a checkpoint are sealed. Raises Corrupt when all are written, and some cannot be seen."""
     missing = {name + checkpoint.SEAL for name in names}
     last = time.monotonic()
     while missing:
         came = {name for name in missing if (folder / name).exists()}
-        if came:
-            missing -= came
+        missing -= came
+        waits_for_writers = not all_written.is_set() and not hurry.is_set()
+        if came or waits_for_writers:
             last = time.monotonic()
         elif time.monotonic() - last > (GRACE_SECONDS if hurry.is_set() else LONELY_SECONDS):
             raise checkpoint.Corrupt(
                 f"{folder}: {min(missing).removesuffix(checkpoint.SEAL)} did not come; is the storage shared by all workers?"
             )
-        else:
-            time.sleep(0.02)
+        if not waits_for_writers:
+            beat()  # this is bounded; writers tell of their progress themselves
+        time.sleep(0.02)
 
 
 def _one_line(error: Exception) -> str:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,9 +20,11 @@ import torch.distributed as dist
 from pipeline import checkpoint, patience, saver
 from pipeline.checkpoint import Corrupt
 from pipeline.config import CheckpointConfig
+from pipeline.durable import digest_file
 from pipeline.fencing import Attempt, Superseded
 from pipeline.patience import StorageFailed
 from pipeline.saver import Saver
+from pipeline.watchdog import STATUS
 
 FILES = ["weights-00001-of-00001.safetensors", "moments-00001-of-00001.safetensors"]
 
@@ -42,9 +49,6 @@ class Trained:
     def updates(self) -> dict[str, int]:
         return {"policy": self.steps}
 
-    def beat(self) -> None:
-        pass
-
 
 @pytest.fixture(autouse=True)
 def _group(tmp_path: Path) -> Iterator[None]:
@@ -63,9 +67,9 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Tensors reach the disk when this is set."""
     ready, real = threading.Event(), checkpoint.write_tensors
 
-    def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    def write(path: Path, tensors: dict[str, torch.Tensor], *rest: object) -> None:
         assert ready.wait(20)
-        real(path, tensors)
+        real(path, tensors, *rest)
 
     monkeypatch.setattr(checkpoint, "write_tensors", write)
     return ready
@@ -133,11 +137,11 @@ def broken(monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> None:
     """The first `times` files cannot be written."""
     real, left = checkpoint.write_tensors, [None] * times
 
-    def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    def write(path: Path, tensors: dict[str, torch.Tensor], *rest: object) -> None:
         if left:
             left.pop()
             raise OSError(number, "said the disk")
-        real(path, tensors)
+        real(path, tensors, *rest)
 
     monkeypatch.setattr(patience, "PAUSES", (0.01,))
     monkeypatch.setattr(checkpoint, "write_tensors", write)
@@ -235,3 +239,141 @@ def test_files_that_never_come(run: Path, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_failed_write_is_an_error_of_the_system(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         checkpoint.write_tensors(tmp_path / "nowhere" / "weights.safetensors", {"w": torch.zeros(1)})
+
+
+def test_a_file_is_what_safetensors_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Byte for byte, in blocks whose size divides nothing; empty tensors, scalars and names beyond ASCII included."""
+    from safetensors.torch import save
+
+    tensors = {"b": torch.randn(5, 7), "a": torch.randn(3), "é": torch.zeros(0, 4), "c": torch.tensor(1.5)}
+    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", 17)
+    path, beats = tmp_path / "weights.safetensors", []
+    checkpoint.write_tensors(path, tensors, lambda: beats.append(1))
+    assert path.read_bytes() == save(tensors)
+    assert len(beats) == 1 + math.ceil(4 * 3 / 17) + math.ceil(4 * 35 / 17) + 1, "the header, and each block"
+    sealed = json.loads((tmp_path / "weights.safetensors.seal").read_text())
+    assert sealed == {"size": path.stat().st_size, "xxh3": digest_file(path)}
+
+
+def test_a_write_that_fails_in_the_middle_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        checkpoint.write_tensors(tmp_path / "weights.safetensors", {"w": torch.zeros(3)})
+    assert [path.name for path in tmp_path.iterdir()] == ["store"], "the process group's own"
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_slow_storage_beats_and_storage_that_hangs_does_not(
+    run: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    """Two files of 16 blocks: each reaches a disk that takes its time, and the last one a disk that does not answer."""
+    beats, answers, real, hangs = [], threading.Event(), os.fsync, []
+
+    def slow(number: int) -> None:
+        time.sleep(0.005)
+        if len(beats) == 32:
+            hangs.append(len(beats))
+            assert answers.wait(20)
+        real(number)
+
+    learner = Trained()
+    learner.weight = torch.zeros(16)
+    monkeypatch.setattr(checkpoint, "BLOCK_BYTES", 4)
+    monkeypatch.setattr(checkpoint.os, "fsync", slow)
+    own = Saver(run, CheckpointConfig(in_background=background), Attempt.begin(run), None, lambda: beats.append(1))
+    watched = []
+
+    def watch() -> None:
+        while not hangs:
+            time.sleep(0.005)
+        time.sleep(0.3)
+        watched.append(len(beats))
+        answers.set()
+
+    threading.Thread(target=watch).start()
+    with own:
+        own.save(learner, 1, {})
+    assert hangs[0] == watched[0] == 32, "nothing was told while nothing was written"
+    assert len(beats) >= 34
+    assert list(saved(run)) == [1]
+
+
+RANK = """
+import os, sys, time
+from pathlib import Path
+import torch, torch.distributed as dist
+from pipeline import checkpoint, saver
+from pipeline.config import CheckpointConfig
+from pipeline.durable import digest_file
+from pipeline.fencing import Attempt
+from pipeline.saver import Saver
+from pipeline.watchdog import STATUS
+from pipeline.watchdog import Watchdog
+
+rank, run, case, background = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4] == "True"
+dist.init_process_group("gloo", store=dist.FileStore(str(run.parent / "store"), 2), rank=rank, world_size=2)
+files = [f"{kind}-0000{part}-of-00002.safetensors" for part in (1, 2) for kind in ("weights", "moments")]
+
+class Learner:
+    def parts(self, copied):
+        for kind in ("weights", "moments"):
+            dist.barrier()  # as where parameters are gathered
+            yield f"{kind}-0000{rank + 1}-of-00002.safetensors", {f"w{rank}": torch.full((16,), 1.0)}
+    def files(self):
+        return files
+    def updates(self):
+        return {"policy": 1}
+
+checkpoint.BLOCK_BYTES, real = 4, os.fsync
+def fsync(number):
+    if rank == 1:
+        if case == "full":
+            raise OSError(28, "no space")
+        time.sleep(0.08 if case == "slow" else 60)
+    real(number)
+store = dist.group.WORLD.get_group_store().clone()
+with Watchdog(1.0, f"rank {rank}", run / "log.txt", run / f"stacks-{rank}.txt", store) as watchdog:
+    attempt = Attempt.begin(run) if rank == 0 else None
+    own = Saver(run, CheckpointConfig(in_background=background, patience=0), attempt, None, watchdog.beat)
+    dist.barrier()
+    os.fsync = fsync
+    watchdog.beat()
+    try:
+        with own:
+            own.save(Learner(), 1, {})
+    except Exception as error:
+        print(type(error).__name__, error)
+        sys.exit(3)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize(("case", "status"), [("slow", 0), ("full", 3), ("hangs", STATUS)])
+def test_ranks_wait_for_a_slow_one_but_not_for_one_that_hangs(
+    tmp_path: Path, case: str, status: int, background: bool
+) -> None:
+    """Rank 1's disk takes 3 s, where ranks that make no progress end after one; or it is full; or it does not answer."""
+    run = tmp_path / "run"
+    run.mkdir()
+    command = [sys.executable, "-c", RANK]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(run), case, str(background)],
+            cwd=Path(__file__).parent.parent,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    told = [rank.communicate(timeout=60)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [status, status], told
+    if case == "slow":
+        checkpoint.verify(checkpoint.path_of(run, 1))
+        assert {name for name, _ in checkpoint.read_weights(checkpoint.path_of(run, 1))} == {"w0", "w1"}
+    if case == "full":
+        assert all(text.startswith("StorageFailed") and "no space" in text for text in told)
+        assert checkpoint.saved(run) == []

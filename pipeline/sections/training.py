@@ -63,7 +63,8 @@ class TrainConfig(Section):
     """So many steps in a row whose loss or gradient is not finite are left out, with a warning that names their rows; the
     next one stops the run. 0: the first one does."""
     hang_timeout: Positive = 600
-    """Seconds without a micro-batch done after which workers end and start again from the last checkpoint; without Ray, never."""
+    """Seconds in which no worker makes progress (a micro-batch, a piece of a checkpoint, another try to reach storage) after
+    which workers end and start again from the last checkpoint; without Ray, never."""
 
 
 def _workers(value: Any) -> Any:
