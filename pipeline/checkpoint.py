@@ -152,10 +152,11 @@ def latest(run: Path) -> Path | None:
 
 
 def best(run: Path) -> Path | None:
-    """The checkpoint with the best value of `checkpoint.best`, as the newest one remembers it."""
+    """The checkpoint with the best value of `checkpoint.best`, as the newest one remembers it; None: there is none."""
     newest = latest(run)
     known = read_state(newest)["best"] if newest is not None else None
-    return path_of(run, known["step"]) if known else None
+    folder = path_of(run, known["step"]) if known else None
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def verify(folder: Path) -> None:

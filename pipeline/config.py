@@ -125,6 +125,16 @@ class RunConfig(Section):
                     raise ValueError(f"data.{name}.{i}.trajectories: only for data.kind=trajectory; remove it")
         if self.scaling.offload_optimizer and self.scaling.zero_stage == 0:
             raise ValueError("scaling.offload_optimizer: needs scaling.zero_stage 1, 2 or 3")
+        metric = (self.checkpoint.best or "").lstrip("-−")
+        if (
+            metric.startswith("eval/")
+            and metric != "eval/loss"
+            and not (self.data.eval_fraction or self.data.eval_sources)
+        ):
+            raise ValueError(
+                f"checkpoint.best: {metric} is measured on held-out rows, and there are none; "
+                "set data.eval_fraction or data.eval_sources"
+            )
         return self
 
     @property

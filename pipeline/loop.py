@@ -200,7 +200,8 @@ def _train(
                 events.stepped(step + 1, metrics)
                 last = step + 1 == plan.total_steps
                 asked = not last and notice.due()
-                if asked or last or (step + 1) % config.checkpoint.every == 0:
+                due = last or (step + 1) % config.checkpoint.every == 0
+                if asked or due or saver.best_so_far(metrics):
                     seconds = saver.save(learner, step + 1, metrics, wait=asked)
                     events.event("checkpoint", seconds=round(seconds, 3))
                 if asked:

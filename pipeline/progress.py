@@ -168,6 +168,7 @@ class Monitor:
         """Tell what has been written since the last call."""
         for text in self._log.new_lines():
             tqdm.write(text, file=sys.stderr)
+        newest = None
         for text in self._metrics.new_lines():
             if (metrics := _parsed(text)) is None:
                 continue
@@ -175,7 +176,9 @@ class Monitor:
             if step > self._last:
                 self._on_step(step, metrics)
                 self._last = step
-            self._bar.show(step, metrics)
+            newest = step, metrics
+        if newest is not None:
+            self._bar.show(*newest, began=self._metrics.began)
 
 
 class Follower:
@@ -183,6 +186,8 @@ class Follower:
 
     def __init__(self, path: Path, from_end: bool = False) -> None:
         self._path, self._inode, self._offset = path, 0, 0
+        self.began = True
+        """Whether the last `new_lines` were read from the file's start: they may have been there for long."""
         if path.is_file():
             found = path.stat()
             self._inode, self._offset = found.st_ino, found.st_size if from_end else 0
@@ -202,6 +207,7 @@ class Follower:
             found = os.fstat(file.fileno())
             if found.st_ino != self._inode or found.st_size < self._offset:
                 self._inode, self._offset = found.st_ino, 0
+            self.began = self._offset == 0
             file.seek(self._offset)
             complete, newline, _ = file.read().rpartition(b"\n")
         self._offset += len(complete) + len(newline)
@@ -212,22 +218,32 @@ class _Bar:
     """A tqdm bar on a terminal; in a log file, a line every ten seconds instead."""
 
     def __init__(self, total: int) -> None:
-        self._total, self._first = total, None
+        self._total = total
         self._bar = tqdm(total=total, desc="train", unit="step", disable=not sys.stderr.isatty())
-        self._started = self._shown = time.monotonic()
+        self._shown = time.monotonic()
+        self._since: tuple[float, int] | None = None  # when the clock was started, at which step
 
-    def show(self, step: int, metrics: dict[str, float]) -> None:
+    def show(self, step: int, metrics: dict[str, float], began: bool) -> None:
+        """`step` is done. began: those up to it are not this start's, or not for sure: how fast steps are is measured from here."""
+        now = time.monotonic()
+        if began or self._since is None:
+            self._since = now, step
         if not self._bar.disable:
+            if began:
+                self._bar.reset()
+                self._bar.initial = self._bar.n = self._bar.last_print_n = step
             self._bar.set_postfix_str(summarise(metrics), refresh=False)
             self._bar.update(step - self._bar.n)
-            return
-        self._first = step - 1 if self._first is None else self._first  # a resumed run doesn't start at 0
-        now = time.monotonic()
-        if now - self._shown >= 10 or step == self._total:
+        elif now - self._shown >= 10 or step == self._total:
             self._shown = now
-            elapsed = now - self._started
-            left = (self._total - step) * elapsed / (step - self._first)
-            print(f"train {step}/{self._total} {summarise(metrics)} ETA {left:.0f}s", file=sys.stderr, flush=True)
+            line = f"train {step}/{self._total} {summarise(metrics)}{self._left(now, step)}"
+            print(line, file=sys.stderr, flush=True)
+
+    def _left(self, now: float, step: int) -> str:
+        """The time that is left, in words; nothing before a step was timed."""
+        assert self._since is not None
+        started, first = self._since
+        return f" ETA {(self._total - step) * (now - started) / (step - first):.0f}s" if step > first else ""
 
     def close(self) -> None:
         self._bar.close()

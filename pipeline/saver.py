@@ -13,11 +13,12 @@ Left out: the form of a checkpoint (`checkpoint`), who may commit one (`fencing`
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -45,6 +46,8 @@ LONELY_SECONDS = 120.0
 """What one rank has written is seen by all others in this time, or they do not write to the same storage."""
 ROUND_SECONDS = 0.5
 """How often ranks that wait for a checkpoint tell each other how far they are."""
+MINUS = "-−"
+"""Before a metric's name: the highest value is the best."""
 GRACE_SECONDS = 10.0
 """The same, after this rank's training has failed: others may be dead."""
 
@@ -74,7 +77,7 @@ class Saver:
         self.step: int = state["step"]
         """Of the checkpoint that training goes on from."""
         self.metrics: dict[str, float] = state["metrics"]  # of that step
-        self._best: dict[str, Any] | None = state["best"]  # {"step": …, "value": …}
+        self._best = Best.parse(settings.best, state["best"])
         self._write: Write | None = None
 
     @classmethod
@@ -91,8 +94,8 @@ class Saver:
         began = time.monotonic()
         self._settle()
         folder, attempt = agree((self._make_folder(step), self._attempt.number) if self._attempt else None)
-        self._note_best(step, metrics)
-        state = {"step": step, "updates": learner.updates(), "best": self._best, "metrics": metrics}
+        self._best.note(step, metrics)
+        state = {"step": step, "updates": learner.updates(), "best": self._best.plain(), "metrics": metrics}
         background = self._settings.in_background
         parts = learner.parts(copied=background)
         commit = partial(self._commit, folder, state, learner.files()) if self._attempt else None
@@ -104,6 +107,10 @@ class Saver:
         if wait or not background:
             self._settle()
         return time.monotonic() - began
+
+    def best_so_far(self, metrics: Mapping[str, float]) -> bool:
+        """Whether a step's evaluation is better than all before, so that its checkpoint is one to keep. Collective."""
+        return evaluated(metrics) and agree(self._best.beaten_by(metrics))
 
     @property
     def busy(self) -> bool:
@@ -178,14 +185,56 @@ class Saver:
         best = checkpoint.path_of(self._run, state["best"]["step"]) if state["best"] else None
         patient(partial(checkpoint.prune, self._run, self._settings.keep, best))
 
-    def _note_best(self, step: int, metrics: dict[str, float]) -> None:
-        name = self._settings.best
-        sign = -1.0 if name.startswith("-") else 1.0
-        value = metrics.get(name.lstrip("-"))
-        if value is None and dist.get_rank() == 0 and any(metric.startswith("eval/") for metric in metrics):
+
+class Best:
+    """Which checkpoint is the best by one metric: `checkpoint.best`.
+
+    Args:
+        metric: its name, behind a minus where the highest value is the best; None: none is.
+        step, value: of the best so far; the value is the one to be lowest.
+    """
+
+    def __init__(self, metric: str | None, step: int | None = None, value: float = math.inf) -> None:
+        self._metric, self._step, self._value = metric, step, value
+        self._warned = False
+
+    @classmethod
+    def parse(cls, metric: str | None, plain: dict[str, Any] | None) -> Best:
+        """What `plain` gave, unless that was of another metric."""
+        if plain is None or plain.get("metric", metric) != metric or not math.isfinite(plain["value"]):
+            return cls(metric)
+        return cls(metric, plain["step"], plain["value"])
+
+    def plain(self) -> dict[str, Any] | None:
+        """As a checkpoint's state has it; None: there is none yet."""
+        return None if self._step is None else {"metric": self._metric, "step": self._step, "value": self._value}
+
+    def beaten_by(self, metrics: Mapping[str, float]) -> bool:
+        """Whether these are better than all before; what is not finite is not."""
+        return self._of(metrics) < self._value
+
+    def note(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A checkpoint with these metrics is about to be written."""
+        if self.beaten_by(metrics):
+            self._step, self._value = step, self._of(metrics)
+
+    def _of(self, metrics: Mapping[str, float]) -> float:
+        """The value to be lowest; infinite where there is none."""
+        if self._metric is None:
+            return math.inf
+        name = self._metric.lstrip(MINUS)
+        value = metrics.get(name)
+        if value is None and not self._warned and evaluated(metrics) and dist.get_rank() == 0:
+            self._warned = True
             logger.warning("checkpoint.best: there is no metric %s; known here: %s", name, ", ".join(sorted(metrics)))
-        if value is not None and (self._best is None or sign * value < self._best["value"]):
-            self._best = {"step": step, "value": sign * value}
+        if value is None or not math.isfinite(value):
+            return math.inf
+        return -value if self._metric[0] in MINUS else value
+
+
+def evaluated(metrics: Mapping[str, float]) -> bool:
+    """Whether a step's metrics hold those of an evaluation."""
+    return any(name.startswith("eval/") for name in metrics)
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,8 +124,10 @@ class CheckpointConfig(Section):
     """Write while training goes on, from a copy in host memory: 12 bytes a parameter, shared among the workers."""
     patience: Annotated[float, Field(ge=0)] = 300
     """Seconds for which storage may be full or out of reach before the run stops."""
-    best: str = "eval/loss"
-    """Metric whose lowest value marks the best checkpoint (prefix − for highest, e.g. −eval/accuracy)."""
+    best: Annotated[str, Field(pattern=r"^[-−]?[^\s-]\S*$")] | None = "eval/loss"
+    """Metric whose lowest value marks the best checkpoint (prefix - for highest, e.g. -eval/accuracy), which is kept. A step whose
+    evaluation is better than all before is saved for it; a metric of training steps is compared where a checkpoint is due anyway.
+    What is not finite is never best. null: none is marked."""
     export_dtype: Precision = "auto"
     """Precision of the exported safetensors; `auto`: the one that training computed in. Rounding float32 training to bfloat16 takes
     away an update that is small beside the weights."""
