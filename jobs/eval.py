@@ -108,7 +108,8 @@ def check(config: RunConfig) -> None:
     if asked is None or "diversity" in asked:
         check_library()
     if config.evaluation.planted is not None:
-        plan([config.evaluation.planted], Path(config.storage) / "cache" / "sources", key=KEY)
+        work, bound = Path(config.storage) / "cache" / "sources", config.data.max_record_bytes
+        plan([config.evaluation.planted], work, key=KEY, max_record_bytes=bound)
     for key, path in (("checkpoint_from", config.checkpoint_from), ("evaluation.against", config.evaluation.against)):
         if path is not None:
             _check_model(config, path, key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,8 +38,9 @@ def preview(config: RunConfig) -> str:
         locate(config.model.reference, cache, "model.reference")
     tokenizer = load_tokenizer(model, config.model.trust_remote_code)
     with TemporaryDirectory() as work:
-        plan(config.data.eval_sources, Path(work), key="data.eval_sources")
-        reading = plan(config.data.sources, Path(work), chunk_bytes=data.CHUNK_BYTES)
+        bound = config.data.max_record_bytes
+        plan(config.data.eval_sources, Path(work), key="data.eval_sources", max_record_bytes=bound)
+        reading = plan(config.data.sources, Path(work), chunk_bytes=data.CHUNK_BYTES, max_record_bytes=bound)
         found, lengths, first, warnings = look(config, tokenizer, reading.chunks[: LOOK_AT_BYTES // data.CHUNK_BYTES])
     whole = found.records == reading.records
     if whole or not found.rows:
@@ -67,7 +69,11 @@ def look(
     from pipeline.sources import read
 
     render = Renderer(tokenizer, config.data)
-    made = [make_rows(chunk, render, config.objective.needed().mismatched) for chunk in chunks]
+    shown = [_shown(chunk) for chunk in chunks]
+    made = [
+        make_rows(chunk, render, config.objective.needed().mismatched, most)
+        for chunk, most in zip(chunks, shown, strict=True)
+    ]
     rows = [row for part in made for row in part.rows]
     lengths = [len(row["prompt_ids"]) + sum(map(len, row["response_ids"])) for row in rows]
     found = summarise([part.counts() for part in made])
@@ -77,6 +83,11 @@ def look(
     raw = next(raw for chunk in chunks for raw in read(chunk) if raw.row_id == rows[0]["row_id"])
     rendered = render(parse(raw.content(), config.data.kind, config.data.ties))
     return found, lengths, (raw.source, sample(tokenizer, rendered, config.data.kind)), warnings
+
+
+def _shown(chunk: Chunk) -> int:
+    """Records to look at: a compressed file is one chunk, whatever it unpacks to."""
+    return math.ceil(chunk.records * min(1.0, LOOK_AT_BYTES / max(1, chunk.stop - chunk.start)))
 
 
 def histogram(lengths: np.ndarray, bins: int = 8) -> list[str]:

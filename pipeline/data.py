@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from pipeline.layouts import parse
 from pipeline.pretrained import load_tokenizer
 from pipeline.records import Dialogue, Record
 from pipeline.rendering import Renderer
-from pipeline.rows import finish, is_finished, manifest, part_of, write_part
+from pipeline.rows import finish, is_finished, manifest, part_of, write_tables
 from pipeline.sources import Chunk, RawRecord, plan, read
 from pipeline.stage import Item, Resources, run_stage
 
@@ -45,6 +48,8 @@ COUNTED = (
 """Fields of `Summary` that add up over chunks."""
 CHUNK_BYTES = 4 * 2**20
 """Input of one part: some seconds of tokenising, so that actors share the work evenly."""
+BATCH_TOKENS, BATCH_RECORDS = 4 * 2**20, 2**17
+"""What is held in memory of a part before it is written: as much as its input makes, where that could be cut to size."""
 
 
 class DataError(UserError, ValueError):
@@ -89,11 +94,20 @@ class PrepareChunk:
             known = json.loads(counts.read_text())
             if known["part"] == digest_file(part):
                 return known
-        made = make_rows(Chunk(**item["chunk"]), self.render, self.mismatched)
-        part = write_part(self.folder, number, pa.Table.from_pylist(made.rows, schema=ROW_SCHEMA))
-        text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in made.bad)
-        (self.folder / f"quarantine-{number:06d}.jsonl").write_text(text, encoding="utf-8")
-        result = {"part": digest_file(part)} | made.counts()
+        rows, bad, tally = 0, Counter[str](), Counter[str]()
+        with (self.folder / f"quarantine-{number:06d}.jsonl").open("w", encoding="utf-8") as quarantine:
+
+            def tables() -> Iterator[pa.Table]:
+                nonlocal rows
+                for made in batches(Chunk(**item["chunk"]), self.render, self.mismatched):
+                    rows += len(made.rows)
+                    bad.update(entry["reason"] for entry in made.bad)
+                    tally.update(made.tally)
+                    quarantine.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in made.bad)
+                    yield pa.Table.from_pylist(made.rows, schema=ROW_SCHEMA)
+
+            part = write_tables(self.folder, number, tables(), ROW_SCHEMA)
+        result = {"part": digest_file(part), "rows": rows, "bad": dict(bad), "tally": dict(tally)}
         write_json(counts, result)
         return result
 
@@ -112,14 +126,31 @@ class Made:
         return {"rows": len(self.rows), "bad": dict(reasons), "tally": dict(self.tally)}
 
 
-def make_rows(chunk: Chunk, render: Renderer, mismatched: bool) -> Made:
-    """Read, validate, render and tokenise the records of a chunk; what cannot be used is kept with its reason."""
-    made = Made([], [], Counter())
-    for raw in read(chunk):
+def make_rows(chunk: Chunk, render: Renderer, mismatched: bool, most: int | None = None) -> Made:
+    """The first batch of a chunk, of `most` records at most; what cannot be used is kept with its reason."""
+    return _make(islice(read(chunk), most), chunk.source_index, render, mismatched)
+
+
+def batches(chunk: Chunk, render: Renderer, mismatched: bool) -> Iterator[Made]:
+    """Read, validate, render and tokenise a chunk. Most are one batch, but a compressed file cannot be cut, whatever it unpacks to."""
+    records = read(chunk)
+    yield _make(records, chunk.source_index, render, mismatched)
+    for first in records:
+        yield _make(chain([first], records), chunk.source_index, render, mismatched)
+
+
+def _make(records: Iterator[RawRecord], source_index: int, render: Renderer, mismatched: bool) -> Made:
+    """Rows of the next records, until there are enough for a batch."""
+    made, tokens = Made([], [], Counter()), 0
+    for raw in records:
         try:
-            made.rows.append(_row(raw, chunk.source_index, render, made.tally))
+            row = _row(raw, source_index, render, made.tally)
+            tokens += len(row["prompt_ids"]) + sum(map(len, row["response_ids"]))
+            made.rows.append(row)
         except ValueError as error:
             made.bad.append({"source": raw.source, "reason": str(error), "record": raw.raw})
+        if tokens >= BATCH_TOKENS or len(made.rows) + len(made.bad) >= BATCH_RECORDS:
+            break
     if mismatched:
         made.tally["mismatched"] = mismatch(made.rows, render.data.max_length)
     made.tally["tokens"] = sum(len(row["prompt_ids"]) + sum(map(len, row["response_ids"])) for row in made.rows)
@@ -204,7 +235,8 @@ def prepare(config: RunConfig, model: str, local: bool = False) -> Path:
     Raises ConfigError when a source cannot be found (before any cluster work), DataError when too many records are bad.
     """
     cache = Path(config.storage) / "cache"
-    train = plan(config.data.sources, cache / "sources", chunk_bytes=CHUNK_BYTES)
+    bound = config.data.max_record_bytes
+    train = plan(config.data.sources, cache / "sources", chunk_bytes=CHUNK_BYTES, max_record_bytes=bound)
     held_out = plan(
         config.data.eval_sources,
         cache / "sources",
@@ -212,6 +244,7 @@ def prepare(config: RunConfig, model: str, local: bool = False) -> Path:
         chunk_bytes=CHUNK_BYTES,
         first_record=train.records,
         key="data.eval_sources",
+        max_record_bytes=bound,
     )
     tokenizer = load_tokenizer(model, config.model.trust_remote_code)
     contents = [train.fingerprint, held_out.fingerprint]
@@ -244,7 +277,8 @@ def _write(config: RunConfig, chunks: list[Chunk], folder: Path, model: str, loc
     )
     with (folder / QUARANTINE).open("wb") as whole:
         for part in sorted(folder.glob("quarantine-*.jsonl")):
-            whole.write(part.read_bytes())
+            with part.open("rb") as stream:
+                shutil.copyfileobj(stream, whole)
     found = summarise(results)
     assert found.records == sum(chunk.records for chunk in chunks), "a record is unaccounted for"
     finish(folder, len(chunks), {"summary": asdict(found)})

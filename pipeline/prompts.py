@@ -38,7 +38,8 @@ def read_prompts(config: RunConfig, prepared: Prepared) -> Prompts:
         ids = list(dict.fromkeys(tuple(rows[int(i)].prompt_ids) for i in positions))
         ids = [list(prompt) for prompt in ids]
     else:
-        found = plan([config.sampling.prompts], Path(config.storage) / "cache" / "sources", key="sampling.prompts")
+        work, bound = Path(config.storage) / "cache" / "sources", config.data.max_record_bytes
+        found = plan([config.sampling.prompts], work, key="sampling.prompts", max_record_bytes=bound)
         for raw in (raw for chunk in found.chunks for raw in read(chunk)):
             try:
                 ids.append(render.prompt_ids(parse_prompt(raw.content()), config.sampling.max_new_tokens))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,16 @@ class StaleCache(UserError, ValueError):
 
 def write_part(folder: Path, number: int, table: pa.Table) -> Path:
     """Write one part under its final name, atomically."""
+    return write_tables(folder, number, [table], table.schema)
+
+
+def write_tables(folder: Path, number: int, tables: Iterable[pa.Table], schema: pa.Schema) -> Path:
+    """The same, of tables one after the other."""
     path = part_of(folder, number)
     aside = path.with_suffix(f".{os.getpid()}.tmp")
-    with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
+    with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for table in tables:
+            writer.write_table(table)
     aside.rename(path)
     return path
 

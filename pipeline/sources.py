@@ -4,14 +4,13 @@
 of their first record. `read` turns a chunk into `RawRecord`s; a record that cannot be read is one with an `error`,
 never an exception.
 
-Left out: finding files (`files`), JSON (`json_records`), columns of other layouts (`columns`), what the fields mean
+Left out: finding files (`files`), JSON (`json_lines`, `json_records`), columns of other layouts (`columns`), what the fields mean
 (`layouts`), and where chunks are read (`data`, on Ray).
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +20,11 @@ import pyarrow as pa
 
 from pipeline.arrow_files import ExtensionType, open_parquet
 from pipeline.columns import mapped
-from pipeline.config import ConfigError, Source, digest
+from pipeline.config import ConfigError, DataConfig, Source, digest
 from pipeline.files import File, compression, one_line, open_binary, resolve, size_of
-from pipeline.json_records import BYTE_ORDER_MARK, excerpt, parse_array, parse_line
+from pipeline.json_lines import Part, Refused, cut_lines, read_lines
+from pipeline.json_records import EXCERPT, BrokenArray, array_elements, excerpt, too_large
 from pipeline.redaction import without_credentials
-
-# A line that holds nothing but white space; the lookahead leaves its end to be the next line's beginning.
-_BLANK_LINE = re.compile(rb"\n[ \t\r\x0b\x0c]*(?=\n)")
-_BLANK_START = re.compile(rb"[ \t\r\x0b\x0c]*\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +41,7 @@ class Chunk:
     first_line: int  # 1-based line, array element or row at which it begins
     label: str  # file name for people
     mapping: str  # JSON of the source's columns and trajectories; empty: the columns are ours
+    max_record_bytes: int  # a larger record is refused unread
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +74,12 @@ MOST_CHUNKS = 2**13
 """Chunks of large sources, about: each becomes a task of Ray's and a file that every worker maps, and Linux allows a process 65,530 maps.
 (Parquet, whose content is larger than its file, makes some times as many.)"""
 
+MAX_RECORD_BYTES: int = DataConfig.model_fields["max_record_bytes"].default
+BATCH_BYTES = 256 * 2**20
+"""Of a suspicious parquet file's rows that are decoded together, at most: a row cannot be larger than its group."""
+SUSPICIOUS = 50
+"""How many times a row group is larger than what it is compressed to: text is less."""
+
 _Span = tuple[int, int, int, int]
 """start, stop, first_line and records of a chunk to be."""
 
@@ -92,6 +95,7 @@ def plan(
     *,
     first_record: int = 0,
     key: str = "data.sources",
+    max_record_bytes: int = MAX_RECORD_BYTES,
 ) -> Plan:
     """Find, hash and cut the files of all `sources`, in order.
 
@@ -110,17 +114,17 @@ def plan(
         mapping = _mapping(source)
         contents.append(mapping)
         for file in files:
-            content = xxhash.xxh3_128()
+            content, refused = xxhash.xxh3_128(), Refused(max_record_bytes)
             try:
-                spans = list(_scan(file, chunk_bytes, content))
+                spans = list(_scan(file, chunk_bytes, content, refused))
             except (OSError, pa.ArrowException, ExtensionType) as error:
                 what = f"{file.path} is not a readable {file.format} file ({one_line(error)})"
                 raise ConfigError(f"{key}.{i}.path: {what}; replace it") from None
             for start, stop, line, records in spans:
                 place = (first_source_index + i, file.path, file.format, start, stop, record, records, line)
-                chunks.append(Chunk(*place, label=file.label, mapping=mapping))
+                chunks.append(Chunk(*place, label=file.label, mapping=mapping, max_record_bytes=max_record_bytes))
                 record += records
-            contents.append([file.format, content.hexdigest()])
+            contents.append([file.format, content.hexdigest(), *refused.name()])
     return Plan(chunks, digest(*contents), record - first_record)
 
 
@@ -130,48 +134,45 @@ def _mapping(source: Source) -> str:
     return json.dumps(given, sort_keys=True) if any(given.values()) else ""
 
 
-def _scan(file: File, chunk_bytes: int, content: Any) -> Iterable[_Span]:
+def _scan(file: File, chunk_bytes: int, content: Any, refused: Refused) -> Iterable[_Span]:
     """Cut one file, and feed its bytes to the hash `content`."""
     if file.format == "parquet":
-        return _scan_parquet(file.path, chunk_bytes, content)
+        return _scan_parquet(file.path, chunk_bytes, content, refused)
     if file.format == "json":
-        return _scan_array(file.path, content)
-    spans = list(_scan_lines(file.path, chunk_bytes, content))
+        return _scan_array(file.path, content, refused)
+    spans = list(cut_lines(file.path, chunk_bytes, content, refused))
     if spans and compression(file.path):  # there is no place to start from but the beginning: one chunk
         return [(0, spans[-1][1], 1, sum(records for *_, records in spans))]
     return spans
 
 
-def _scan_lines(path: str, chunk_bytes: int, content: Any) -> Iterator[_Span]:
-    start, line = 0, 1
+def _scan_array(path: str, content: Any, refused: Refused) -> Iterator[_Span]:
+    size, records = 0, 0
     with open_binary(path) as stream:
-        while block := stream.read(chunk_bytes):
-            block += stream.readline()
+        while block := stream.read(8 << 20):
             content.update(block)
-            length = len(block)
-            if not block.endswith(b"\n"):
-                block += b"\n"
-            lines = block.count(b"\n")
-            blank = len(_BLANK_LINE.findall(block)) + (_BLANK_START.match(block) is not None)
-            yield start, start + length, line, lines - blank
-            start += length
-            line += lines
-
-
-def _scan_array(path: str, content: Any) -> Iterator[_Span]:
+            size += len(block)
     with open_binary(path) as stream:
-        data = stream.read()
-    content.update(data)
-    yield 0, len(data), 1, len(parse_array(data))
+        try:
+            for _, error, _ in array_elements(stream, refused.most):
+                if error == too_large(refused.most):
+                    refused.note(records)
+                records += 1
+        except BrokenArray:  # it is one JSON value: broken anywhere, it counts as one broken record
+            size, records = 0, 1
+    yield 0, size, 1, records
 
 
-def _scan_parquet(path: str, chunk_bytes: int, content: Any) -> Iterator[_Span]:
+def _scan_parquet(path: str, chunk_bytes: int, content: Any, refused: Refused) -> Iterator[_Span]:
     with open_binary(path) as stream:
         while block := stream.read(8 << 20):
             content.update(block)
         stream.seek(0)
         metadata = open_parquet(stream).metadata
-    size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
+    if refused.most != MAX_RECORD_BYTES and max(sizes, default=0) > refused.most:
+        refused.note(refused.most)  # which rows are too large is known when they are decoded
+    size = sum(sizes)
     rows = max(1, chunk_bytes * metadata.num_rows // max(1, size))
     for start in range(0, metadata.num_rows, rows):
         stop = min(start + rows, metadata.num_rows)
@@ -199,28 +200,25 @@ def read(chunk: Chunk) -> Iterator[RawRecord]:
         raise RuntimeError(f"{without_credentials(chunk.path)}: {planned}; the file changed, run again")
 
 
-_Part = tuple[int, dict[str, Any] | None, str | None, str]
-"""Line, value, error, excerpt."""
+def _read_lines(chunk: Chunk) -> Iterator[Part]:
+    return read_lines(chunk.path, chunk.start, chunk.stop, chunk.first_line, chunk.max_record_bytes)
 
 
-def _read_lines(chunk: Chunk) -> Iterator[_Part]:
+def _read_array(chunk: Chunk) -> Iterator[Part]:
     with open_binary(chunk.path) as stream:
-        if not compression(chunk.path):
-            stream.seek(chunk.start)
-        position, number = chunk.start, chunk.first_line
-        while position < chunk.stop and (line := stream.readline()):
-            if line.strip():
-                yield number, *parse_line(line if position else line.removeprefix(BYTE_ORDER_MARK)), excerpt(line)
-            position += len(line)
-            number += 1
+        elements = array_elements(stream, chunk.max_record_bytes)
+        if chunk.stop:
+            yield from ((number, *element) for number, element in enumerate(elements, start=1))
+            return
+        try:
+            for _ in elements:
+                pass
+        except BrokenArray as error:
+            with open_binary(chunk.path) as again:
+                yield 1, None, str(error), excerpt(again.read(4 * EXCERPT))
 
 
-def _read_array(chunk: Chunk) -> Iterator[_Part]:
-    with open_binary(chunk.path) as stream:
-        yield from ((number, *element) for number, element in enumerate(parse_array(stream.read()), start=1))
-
-
-def _read_parquet(chunk: Chunk) -> Iterator[_Part]:
+def _read_parquet(chunk: Chunk) -> Iterator[Part]:
     with open_binary(chunk.path) as stream:
         file = open_parquet(stream)
         first = 0
@@ -228,21 +226,22 @@ def _read_parquet(chunk: Chunk) -> Iterator[_Part]:
             rows = file.metadata.row_group(group).num_rows
             low, high = max(chunk.start, first), min(chunk.stop, first + rows)
             if low < high:
-                yield from _read_group(file, group, first, low, high)
+                yield from _read_group(file, group, first, low, high, chunk.max_record_bytes)
             first += rows
 
 
-def _read_group(file: Any, group: int, first: int, low: int, high: int) -> Iterator[_Part]:
+def _read_group(file: Any, group: int, first: int, low: int, high: int, most: int) -> Iterator[Part]:
     """Rows low…high of a row group that begins at row `first`; what lies before is decoded again, which is cheap beside the rest.
 
     Where the group is damaged, the rest of its rows have an error: nothing is lost uncounted.
     """
     done = low
     try:
-        for batch in file.iter_batches(batch_size=1024, row_groups=[group]):
+        for batch in file.iter_batches(_batch_size(file.metadata.row_group(group)), row_groups=[group]):
             start, stop = max(low - first, 0), min(high - first, batch.num_rows)
             if start < stop:
-                for number, (value, error) in enumerate(_rows(batch.slice(start, stop - start)), first + start + 1):
+                rows = _rows(batch.slice(start, stop - start), most)
+                for number, (value, error) in enumerate(rows, first + start + 1):
                     yield number, value, error, excerpt(value)
                     done = number
             first += batch.num_rows
@@ -252,14 +251,28 @@ def _read_group(file: Any, group: int, first: int, low: int, high: int) -> Itera
     yield from ((number, None, "unreadable parquet: the file is damaged", "") for number in range(done + 1, high + 1))
 
 
-def _rows(batch: pa.RecordBatch) -> list[tuple[dict[str, Any] | None, str | None]]:
-    """Parquet promises UTF-8 and checks nothing: one bad row must not take the batch along."""
+def _batch_size(group: Any) -> int:
+    """Rows to decode together. A value that many rows share is stored once, and unpacked for each of them."""
+    size, compressed = (
+        group.total_byte_size,
+        sum(group.column(i).total_compressed_size for i in range(group.num_columns)),
+    )
+    if size <= 4 << 20:
+        return 1024
+    return 64 if size < SUSPICIOUS * compressed else max(1, min(64, BATCH_BYTES // size))
+
+
+def _rows(batch: pa.RecordBatch, most: int) -> list[tuple[dict[str, Any] | None, str | None]]:
+    """Parquet promises UTF-8 and checks nothing: one bad row must not take the batch along, nor one that is too large."""
+    if batch.nbytes > most and batch.num_rows == 1:
+        return [(None, too_large(most))]
     try:
-        return [(row, None) for row in batch.to_pylist()]
+        if batch.nbytes <= most:
+            return [(row, None) for row in batch.to_pylist()]
     except UnicodeDecodeError:
         if batch.num_rows == 1:
             return [(None, "bad UTF-8")]
-        return [row for i in range(batch.num_rows) for row in _rows(batch.slice(i, 1))]
+    return [row for i in range(batch.num_rows) for row in _rows(batch.slice(i, 1), most)]
 
 
 def _mapped(value: dict[str, Any], source: Source) -> tuple[dict[str, Any] | None, str | None]:

@@ -140,7 +140,8 @@ def _prompts(config: RunConfig, world: _World) -> tuple[list[Piece], str]:
     """Pieces, and a hash of what they hold. Raises ConfigError where there are none."""
     size, limit, prompts = config.decoding.rows_per_piece, config.sampling.limit, config.sampling.prompts
     if prompts is not None:
-        planned = plan([prompts], Path(config.storage) / "cache" / "sources", key="sampling.prompts")
+        work, bound = Path(config.storage) / "cache" / "sources", config.data.max_record_bytes
+        planned = plan([prompts], work, key="sampling.prompts", max_record_bytes=bound)
         pieces, content = pieces_of_source(planned, size, limit), planned.fingerprint
     else:
         assert world.rows is not None

@@ -60,5 +60,6 @@ def _records(config: RunConfig) -> Iterator[RawRecord]:
     key = (
         "sampling.prompts" if asked is not None else "data.eval_sources" if config.data.eval_sources else "data.sources"
     )
-    for chunk in plan(sources, Path(config.storage) / "cache" / "sources", key=key).chunks:
+    work, bound = Path(config.storage) / "cache" / "sources", config.data.max_record_bytes
+    for chunk in plan(sources, work, key=key, max_record_bytes=bound).chunks:
         yield from read(chunk)

@@ -39,7 +39,8 @@ def read_planted(config: RunConfig, model: str) -> list[Planted]:
     render = Renderer(load_tokenizer(model, config.model.trust_remote_code), config.data)
     found: list[Planted] = []
     work = Path(config.storage) / "cache" / "sources"
-    for chunk in plan([config.evaluation.planted], work, key=KEY).chunks:
+    bound = config.data.max_record_bytes
+    for chunk in plan([config.evaluation.planted], work, key=KEY, max_record_bytes=bound).chunks:
         for raw in read(chunk):
             try:
                 found.append(plant(render, raw.content(), -1 - len(found)))
