@@ -95,6 +95,7 @@ def check(config: RunConfig) -> None:
     from pipeline.evaluation.diversity import check_library
     from pipeline.evaluation.planted import KEY
     from pipeline.evaluation.scorers import judge_for
+    from pipeline.preflight import check_model
     from pipeline.sources import plan
 
     asked = config.evaluation.evaluators
@@ -112,21 +113,9 @@ def check(config: RunConfig) -> None:
         plan([config.evaluation.planted], work, key=KEY, max_record_bytes=bound)
     for key, path in (("checkpoint_from", config.checkpoint_from), ("evaluation.against", config.evaluation.against)):
         if path is not None:
-            _check_model(config, path, key)
+            check_model(config, path, key)
     if config.checkpoint_from is None:
         driver.check_trained(config)
-
-
-def _check_model(config: RunConfig, path: str, key: str) -> None:
-    """Raises ConfigError where a run, checkpoint, folder or name cannot be a model."""
-    from pipeline import checkpoint
-    from pipeline.export import RUN_FILE
-    from pipeline.model_files import locate
-    from pipeline.pretrained import load_config
-
-    folder = Path(path).expanduser()
-    if not (folder / RUN_FILE).is_file() and not (folder / checkpoint.STATE).is_file():
-        load_config(locate(path, Path(config.storage) / "cache", key), config.model.trust_remote_code, key)
 
 
 def open_study(config: RunConfig, prepared: object, own: Path, local: bool, sample: bool) -> Study:

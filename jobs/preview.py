@@ -33,9 +33,7 @@ def preview(config: RunConfig) -> str:
     preflight.check(config)
     cache = Path(config.storage) / "cache"
     model = locate(config.model.path, cache)
-    preflight.check_lengths(config, model)
-    if config.model.reference:
-        locate(config.model.reference, cache, "model.reference")
+    preflight.check_models(config, model)
     tokenizer = load_tokenizer(model, config.model.trust_remote_code)
     with TemporaryDirectory() as work:
         bound = config.data.max_record_bytes

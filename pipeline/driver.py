@@ -27,7 +27,7 @@ from pipeline.ray_train import train_on_ray
 from pipeline.redaction import redacted
 from pipeline.reference_cost import states_folder
 from pipeline.rows import Rows
-from pipeline.thinker import assistant_of, latent_identity, refuse_thoughts_under_kl
+from pipeline.thinker import latent_identity
 from pipeline.tracking import Tracker, start
 
 logger = logging.getLogger(__name__)
@@ -69,18 +69,10 @@ def prepare(config: RunConfig, local: bool = False, train: bool = False) -> Prep
             from pipeline.elastic import start_coordinator
 
             start_coordinator()
-    preflight.check_lengths(config, model)
-    frozen = model
     if config.model.reference:
         mend_export(config.model.reference, cache, "model.reference", trust)
-        frozen = locate(config.model.reference, cache, "model.reference")
+    frozen = preflight.check_models(config, model)
     needs = config.objective.needed()
-    if frozen != model:
-        preflight.check_vocabularies(config, model, frozen, "model.reference")
-    refuse_thoughts_under_kl(needs, model, frozen)
-    if needs.latent != "none" and (assistant := assistant_of(config)) is not None:
-        preflight.check_vocabularies(config, model, assistant, "latent.assistant")
-        preflight.check_lengths(config, assistant)
     rows = data.prepare(config, model, local)
     preflight.check_rows(config, rows)
     states = states_folder(config, rows, frozen, local) if needs.kl != "none" else None

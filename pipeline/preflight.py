@@ -10,13 +10,15 @@ from pathlib import Path
 
 import torch
 
-from pipeline import data
+from pipeline import checkpoint, data
 from pipeline.config import ConfigError, RunConfig
+from pipeline.export import RUN_FILE
+from pipeline.model_files import locate
 from pipeline.optimizer import check_offload
 from pipeline.order import Plan
 from pipeline.pretrained import load_config, load_tokenizer
 from pipeline.rows import Rows
-from pipeline.thinker import check_steps
+from pipeline.thinker import assistant_of, check_steps, refuse_thoughts_under_kl
 from pipeline.tracking import tracking_uri
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,30 @@ def check(config: RunConfig, local: bool = False) -> None:
         raise ConfigError(f"storage: cannot be written ({error}); name another folder") from None
     if config.scaling.offload_optimizer:
         check_offload()
+
+
+def check_models(config: RunConfig, model: str) -> str:
+    """All that training reads beside the model at `model`: found, whole, and of the same tokens. Returns the reference. Raises ConfigError."""
+    check_lengths(config, model)
+    cache, needs = Path(config.storage) / "cache", config.objective.needed()
+    frozen = locate(config.model.reference, cache, "model.reference") if config.model.reference else model
+    if frozen != model:
+        check_vocabularies(config, model, frozen, "model.reference")
+    refuse_thoughts_under_kl(needs, model, frozen)
+    if needs.latent != "none" and (assistant := assistant_of(config)) is not None:
+        check_vocabularies(config, model, assistant, "latent.assistant")
+        check_lengths(config, assistant)
+    return frozen
+
+
+def check_model(config: RunConfig, path: str, key: str, tokenizer: bool = False) -> None:
+    """Raises ConfigError where a run, checkpoint, folder or name cannot be a model (that has a tokenizer)."""
+    folder = Path(path).expanduser()
+    if not (folder / RUN_FILE).is_file() and not (folder / checkpoint.STATE).is_file():
+        found = locate(path, Path(config.storage) / "cache", key)
+        load_config(found, config.model.trust_remote_code, key)
+        if tokenizer:
+            load_tokenizer(found, config.model.trust_remote_code, key)
 
 
 def check_lengths(config: RunConfig, model: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from pipeline import widening
 from pipeline.config import Attention, ConfigError, Precision, RunConfig
 from pipeline.model_files import not_loadable
-from pipeline.weight_files import check_weight_files
+from pipeline.weight_files import check_fetched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -174,7 +174,7 @@ def _load(
     from safetensors import SafetensorError
     from transformers.utils import logging
 
-    check_weight_files(path, key)
+    check_fetched(path, key)
     if Path(path).is_dir():
         logging.disable_progress_bar()  # local weights load in moments; downloads keep their bar
     verbosity = logging.get_verbosity()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pipeline import checkpoint
@@ -42,6 +45,76 @@ def test_what_cannot_work_is_one_line(qalign, arguments: list[str], message: str
     assert message in error_of(qalign("train", *arguments))
     if "GPU" not in message:  # a dry run may look ahead to another machine
         assert message in error_of(qalign("train", *arguments, "--dry-run"))
+
+
+@pytest.fixture(scope="module")
+def pickled_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The tiny model with its weights in `pytorch_model.bin`."""
+    folder = tmp_path_factory.mktemp("pickled") / "model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("job", "key", "more"),
+    [
+        *((job, key, []) for job in ("train", "prepare") for key in ("model.path", "model.reference")),
+        *(("train", key, ["--dry-run"]) for key in ("model.path", "model.reference")),
+        *(("eval", key, []) for key in ("checkpoint_from", "evaluation.against", "sampling.scorer")),
+        *(("decode", key, []) for key in ("checkpoint_from", "decoding.reference", "decoding.base", "sampling.scorer")),
+        ("decode", "decoding.baseline", ["decoding.method=transfer_q", "sampling.scorer=vader"]),
+        ("sweep", "model.path", ["sweep={space: {objective.beta: [0.1]}, metric: eval/loss}"]),
+    ],
+)
+def test_weights_that_are_never_read_are_refused_before_any_work(
+    qalign, tmp_path: Path, tiny_model: Path, pickled_model: Path, job: str, key: str, more: list[str]
+) -> None:
+    given = {"evaluation.against": ["sampling.scorer=vader", f"checkpoint_from={tiny_model}"]}.get(key, [])
+    value = f"{key}={pickled_model}"
+    if key == "sampling.scorer":
+        value = f"{key}=classifier:{pickled_model}"
+        given = [f"checkpoint_from={tiny_model}"]
+    said = error_of(qalign(job, *more, *given, value))
+    assert said.startswith(f"error: {key}: ")
+    assert "weights as a pickle only" in said
+    assert not list((tmp_path / "outputs").rglob("rows-*"))
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        ("no weights", "holds no weights (model.safetensors)"),
+        ("cut off", "model.safetensors is cut off or damaged"),
+        ("no tokenizer", "cannot load a tokenizer"),
+        ("no part", "part-2.safetensors is missing"),
+        ("part lacks", "part-1.safetensors lacks 1 weights (lm_head.weight, …)"),
+        ("no index", "model.safetensors.index.json is no index of weights"),
+    ],
+)
+def test_a_damaged_model_is_refused_before_any_work(qalign, tmp_path: Path, tiny_model, harm: str, said: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if harm == "no weights":
+        weights.unlink()
+    elif harm == "cut off":
+        weights.write_bytes(weights.read_bytes()[:-4])
+    elif harm == "no tokenizer":
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
+    else:
+        tensors = load_file(weights)
+        places = dict.fromkeys(tensors, "part-1.safetensors")
+        del tensors["lm_head.weight"]
+        save_file(tensors, folder / "part-1.safetensors")
+        weights.unlink()
+        places |= {"lm_head.weight": "part-2.safetensors"} if harm == "no part" else {}
+        index.write_text(json.dumps({"weight_map": places} if harm != "no index" else []))
+    for more in ([], ["--dry-run"]):
+        refused = error_of(qalign("train", f"model.path={folder}", *more))
+        assert refused.startswith("error: model.path: ") and said in refused
+    assert not list((tmp_path / "outputs").rglob("rows-*"))
 
 
 def test_dry_run_refuses_what_the_job_would_refuse(qalign, tmp_path: Path) -> None:

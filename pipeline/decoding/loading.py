@@ -29,6 +29,18 @@ KEYS: dict[Role, str] = {
 """The configuration key that names what plays a role."""
 
 
+def named_models(config: RunConfig) -> dict[str, str]:
+    """What the configuration names as models of decoding, by key."""
+    options = config.decoding
+    given = {
+        "policy": config.checkpoint_from,
+        "reference": options.reference,
+        "baseline": options.baseline,
+        "base": options.base,
+    }
+    return {KEYS[role]: path for role, path in given.items() if path is not None}
+
+
 def weights(config: RunConfig, roles: Collection[Role], policy: str, reference: str, tokenizer: str) -> dict[str, str]:
     """Located weights of each language model among `roles`. policy: a run, checkpoint, folder or hub name.
 

@@ -15,7 +15,7 @@ from pipeline import cluster, driver, preflight
 from pipeline.config import ConfigError, RunConfig, digest
 from pipeline.decoding import DECODERS
 from pipeline.decoding.contract import Decoder, Role, context_of
-from pipeline.decoding.loading import KEYS, check_scorers, weights
+from pipeline.decoding.loading import KEYS, check_scorers, named_models, weights
 from pipeline.decoding.output import Pieces, check_output
 from pipeline.decoding.pieces import Piece, check_room, pieces_of_rows, pieces_of_source
 from pipeline.decoding.transfer_q import check_indirect
@@ -90,6 +90,8 @@ def plan_task(config: RunConfig, local: bool) -> DecodingTask:
     """Check everything, find the weights and cut the prompts into pieces. Raises ConfigError."""
     decoder = _decoder(config)
     check_scorers(config, decoder.needs)
+    for key, path in named_models(config).items():
+        preflight.check_model(config, path, key, tokenizer=True)
     world = _world(config, local)
     roles: set[Role] = (set(decoder.needs) - {"scorer"}) | set(config.decoding.logprobs)
     found = weights(config, roles, world.policy, world.reference, world.tokenizer)

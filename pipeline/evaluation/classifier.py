@@ -25,7 +25,7 @@ from pipeline.model_files import locate
 from pipeline.pretrained import classifies, load_config, load_tokenizer, precision
 from pipeline.reward import load_reward_network
 from pipeline.stage import Item, run_stage
-from pipeline.weight_files import check_weight_files
+from pipeline.weight_files import check_fetched
 
 PIECE = 256
 BATCH = 32
@@ -152,7 +152,7 @@ def _load(path: str, own: ModelConfig) -> torch.nn.Module:
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
-    check_weight_files(path, KEY)
+    check_fetched(path, KEY)
     try:
         return AutoModelForSequenceClassification.from_pretrained(
             path, dtype=precision(own.dtype), trust_remote_code=own.trust_remote_code, use_safetensors=True

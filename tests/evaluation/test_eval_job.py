@@ -18,7 +18,7 @@ from pipeline.evaluation.study import Study
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "checkpoint_from: there is no run run in"),
+        ([], "checkpoint_from: this configuration (run) has no run in"),
         (["checkpoint_from=/no/such/run"], "checkpoint_from: no folder"),
         (["sampling.scorer=vadr"], "'vadr' is none of"),
         (["sampling.scorer=verifiable"], "evaluation.answer: no answer in the first records"),
