@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline import optimizer
 from pipeline.config import ConfigError, OptimizerConfig
@@ -49,3 +50,16 @@ def test_a_lock_that_a_killed_build_left_does_not_block_for_ever(
     os.utime(lock, (time.time() - optimizer.BUILD_SECONDS - 1,) * 2)
     optimizer._drop_stale_build_lock()
     assert not lock.exists()
+
+
+def test_biases_and_norms_do_not_decay() -> None:
+    """Their gradient is 0: what moves them is decay alone."""
+    matrix, norm, bias = (torch.nn.Parameter(torch.ones(shape)) for shape in ((2, 2), (2,), (2,)))
+    made = optimizer.adamw([matrix, norm, bias], OptimizerConfig(lr=1.0, weight_decay=0.25), offload=False)
+    for group in made.param_groups:
+        group["lr"] = 1.0
+    for p in (matrix, norm, bias):
+        p.grad = torch.zeros_like(p)
+    made.step()
+    assert torch.equal(matrix.detach(), torch.full((2, 2), 0.75))
+    assert torch.equal(norm.detach(), torch.ones(2)) and torch.equal(bias.detach(), torch.ones(2))
