@@ -26,7 +26,7 @@ def run(config: RunConfig, options: argparse.Namespace) -> None:
     from pipeline.export import export
 
     driver.check_trained(config)
-    prepared = driver.prepare(config, options.local)
+    prepared = driver.prepare(config, options.local, work="names")
     folder, _ = driver.trained_run(config, prepared)
     chosen = options.checkpoint or (checkpoint.best(folder) if options.best else checkpoint.latest(folder))
     if options.checkpoint is not None and not (options.checkpoint / checkpoint.STATE).is_file():

@@ -234,6 +234,21 @@ def prepare(config: RunConfig, model: str, local: bool = False) -> Path:
 
     Raises ConfigError when a source cannot be found (before any cluster work), DataError when too many records are bad.
     """
+    folder, chunks = _planned(config, model)
+    if not is_finished(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(config, chunks, folder, model, local)
+    refuse(config.data, summary(folder), f"see {folder / QUARANTINE}")
+    return folder
+
+
+def folder_of(config: RunConfig, model: str) -> Path:
+    """Where `prepare` writes the rows, or would: sources are looked at, and nothing is tokenised."""
+    return _planned(config, model)[0]
+
+
+def _planned(config: RunConfig, model: str) -> tuple[Path, list[Chunk]]:
+    """The rows' folder, and what they are made of."""
     cache = Path(config.storage) / "cache"
     bound = config.data.max_record_bytes
     train = plan(config.data.sources, cache / "sources", chunk_bytes=CHUNK_BYTES, max_record_bytes=bound)
@@ -249,11 +264,7 @@ def prepare(config: RunConfig, model: str, local: bool = False) -> Path:
     tokenizer = load_tokenizer(model, config.model.trust_remote_code)
     contents = [train.fingerprint, held_out.fingerprint]
     folder = cache / f"rows-{digest(4, contents, _shaping(config), tokenizer_identity(tokenizer))}"
-    if not is_finished(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(config, train.chunks + held_out.chunks, folder, model, local)
-    refuse(config.data, summary(folder), f"see {folder / QUARANTINE}")
-    return folder
+    return folder, train.chunks + held_out.chunks
 
 
 def _write(config: RunConfig, chunks: list[Chunk], folder: Path, model: str, local: bool) -> None:

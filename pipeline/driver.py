@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pipeline import checkpoint, cluster, data, preflight, reference
 from pipeline.config import ConfigError, RunConfig, digest
@@ -56,8 +57,17 @@ class Result:
     already_finished: bool = False
 
 
-def prepare(config: RunConfig, local: bool = False, train: bool = False) -> Prepared:
-    """Weights located, rows tokenised, reference scored; all cached. train: begin to start Ray Train meanwhile."""
+def prepare(
+    config: RunConfig,
+    local: bool = False,
+    train: bool = False,
+    work: Literal["all", "scores", "rows", "names"] = "all",
+) -> Prepared:
+    """Weights located, rows tokenised, reference scored; all cached.
+
+    train: begin to start Ray Train meanwhile. work: how much of that is done: `scores` leaves out the reference's hidden states,
+    `rows` its log-probs, too, and `names` tells only where everything is or would be.
+    """
     preflight.check(config, local)
     cache, trust = Path(config.storage) / "cache", config.model.trust_remote_code
     mend_export(config.model.path, cache, "model.path", trust)
@@ -73,10 +83,12 @@ def prepare(config: RunConfig, local: bool = False, train: bool = False) -> Prep
         mend_export(config.model.reference, cache, "model.reference", trust)
     frozen = preflight.check_models(config, model)
     needs = config.objective.needed()
-    rows = data.prepare(config, model, local)
-    preflight.check_rows(config, rows)
-    states = states_folder(config, rows, frozen, local) if needs.kl != "none" else None
     asked = needs.reference != "none"
+    rows = data.folder_of(config, model) if work == "names" else data.prepare(config, model, local)
+    if work in ("rows", "names"):
+        return Prepared(model, frozen, rows, reference.folder_of(config, rows, frozen, "reference") if asked else None)
+    preflight.check_rows(config, rows)
+    states = states_folder(config, rows, frozen, local) if needs.kl != "none" and work == "all" else None
     scored = reference.score(config, rows, frozen, local, states) if asked or states else None
     return Prepared(model, frozen, rows, scored if asked else None, states)
 

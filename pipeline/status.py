@@ -22,8 +22,11 @@ from pipeline.progress import ERROR_FILE, LOG_FILE, METRICS_FILE, RAY_FILE, read
 from pipeline.redaction import redacted
 from pipeline.waiting import cluster_lines
 
-MEANING = ("data", "model", "objective", "optimizer", "critic", "seed")
-"""Sections that have to be equal for a folder to be this configuration's run; of `train`, the keys of `LENGTH`."""
+MEANING = ("data", "objective", "optimizer", "seed")
+"""Sections that have to be equal for a folder to be this configuration's run, and `critic` and `latent` where the objective has
+one; of `train` the keys of `LENGTH`, of `model` all but those of `MANNER`."""
+MANNER = ("reference_states", "activation_checkpointing", "trust_remote_code")
+"""How a model is computed, not what."""
 LENGTH = ("epochs", "max_steps", "rows_per_step")
 QUIET_SECONDS = 60.0
 """A driver and its workers are heard of more often than this."""
@@ -45,8 +48,12 @@ def _runs(config: RunConfig) -> list[Path]:
 
 def _same(config: RunConfig, other: dict[str, Any]) -> bool:
     own = redacted(config.dump())
+    needs = config.objective.needed()
+    extra = [*(["critic"] if needs.critic else []), *(["latent"] if needs.latent != "none" else [])]
     lengths = all(own["train"].get(key) == other["train"].get(key) for key in LENGTH)
-    return lengths and all(own[section] == other[section] for section in MEANING)
+    models = [{key: value for key, value in plain["model"].items() if key not in MANNER} for plain in (own, other)]
+    same = all(own[section] == other.get(section) for section in (*MEANING, *extra))
+    return lengths and same and models[0] == models[1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -263,6 +263,18 @@ def test_a_default_that_depends_on_another_key_adds_nothing_to_that_keys_error()
     assert line.startswith("objective.alpha = 0.5 ")
 
 
+def test_a_best_checkpoint_needs_what_it_is_measured_on():
+    plain = changed("checkpoint", {"best": "-eval/accuracy"})
+    plain["data"] |= {"eval_fraction": 0.0, "eval_sources": []}
+    with pytest.raises(ConfigError, match=r"^checkpoint\.best: eval/accuracy is measured on held-out rows, and there"):
+        validate(plain)
+    plain["data"]["eval_fraction"] = 0.1
+    assert validate(plain).checkpoint.best == "-eval/accuracy"
+    for wrong in ("", "-", "eval loss"):
+        with pytest.raises(ConfigError, match=r"^checkpoint\.best: string should match"):
+            validate(changed("checkpoint", {"best": wrong}))
+
+
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: no such configuration file"):
         load(tmp_path / "nowhere.yaml")

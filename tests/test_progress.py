@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from pipeline import progress
 from pipeline.progress import Follower, MetricsFile, read_metrics
 
 
@@ -52,3 +55,28 @@ def test_what_was_there_before_can_be_left_out(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write("new\n")
     assert follower.new_lines() == ["new"]
+
+
+def test_the_time_left_after_a_resume_counts_its_own_steps_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """100 of 200 steps are there before; each takes 2 s from then on, behind 60 s in which workers start; again after a restart."""
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 101)))
+    seen: list[int] = []
+    monitor = progress.Monitor(tmp_path, 200, lambda step, _: seen.append(step))
+    for after, last in ((100, 120), (115, 130)):
+        log = MetricsFile(path, after)
+        clock[0] += 60
+        for step in range(after + 1, last + 1):
+            log.append(step, {"loss": 1.0})
+            monitor._drain()
+            clock[0] += 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train ")]
+    times = {int(line.split()[1].split("/")[0]): line.partition(" ETA ")[2] for line in lines}
+    timed = {step: left for step, left in times.items() if left}
+    assert len(timed) > 3 and min(timed) < 115 < max(timed)
+    assert timed == {step: f"{2 * (200 - step)}s" for step in timed}
+    assert seen == list(range(1, 131))

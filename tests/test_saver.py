@@ -241,6 +241,46 @@ def test_a_failed_write_is_an_error_of_the_system(tmp_path: Path) -> None:
         checkpoint.write_tensors(tmp_path / "nowhere" / "weights.safetensors", {"w": torch.zeros(1)})
 
 
+def best_after(run: Path, metric: str | None, values: list[float], resume: Path | None = None) -> Saver:
+    """A training that evaluates `values`, one a step behind `resume`'s, and saves where the saver says so."""
+    settings = CheckpointConfig(best=metric, keep=1)
+    with Saver(run, settings, Attempt.begin(run), resume) as own:
+        for step, value in enumerate(values, start=own.step + 1):
+            metrics = {"loss": 1.0, "eval/loss": value}
+            if own.best_so_far(metrics):
+                own.save(Trained(), step, metrics, wait=True)
+        own.save(Trained(), own.step + len(values), {"loss": 0.5}, wait=True)
+    return own
+
+
+@pytest.mark.parametrize(
+    ("metric", "best"), [("eval/loss", 3), ("-eval/loss", 5), ("−eval/loss", 5), (None, None), ("loss", 6)]
+)
+def test_the_best_evaluation_is_saved_and_kept(run: Path, metric: str | None, best: int | None) -> None:
+    """What is not finite is never best, wherever it comes; of a metric of training, a checkpoint that is due is."""
+    best_after(run, metric, [math.nan, 2.0, 1.0, -math.inf if metric == "eval/loss" else math.inf, 3.0, 2.5])
+    assert sorted(saved(run)) == sorted({best or 6, 6})
+    found = checkpoint.best(run)
+    assert found == (None if best is None else checkpoint.path_of(run, best))
+
+
+def test_a_resume_knows_the_best_and_another_metric_begins_anew(run: Path) -> None:
+    best_after(run, "eval/loss", [2.0, 1.0, 3.0])
+    best_after(run, "eval/loss", [1.5, 1.2], checkpoint.latest(run))
+    assert checkpoint.best(run) == checkpoint.path_of(run, 2)
+    best_after(run, "-eval/loss", [1.4, 1.3], checkpoint.latest(run))
+    assert checkpoint.best(run) == checkpoint.path_of(run, 6)
+
+
+def test_a_best_that_is_no_number_is_forgotten(run: Path) -> None:
+    best_after(run, "eval/loss", [2.0])
+    newest = checkpoint.latest(run)
+    state = checkpoint.read_state(newest) | {"best": {"step": 1, "value": math.nan}}
+    checkpoint.finish(newest, state)
+    best_after(run, "eval/loss", [5.0], checkpoint.latest(run))
+    assert checkpoint.best(run) == checkpoint.path_of(run, 2)
+
+
 def test_a_file_is_what_safetensors_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Byte for byte, in blocks whose size divides nothing; empty tensors, scalars and names beyond ASCII included."""
     from safetensors.torch import save

@@ -54,6 +54,26 @@ def test_another_configuration_is_another_run_but_workers_and_cadence_are_not(op
     assert status.find_run(make_config("name=other")) is None
 
 
+def test_latent_and_critic_tell_runs_apart_where_the_objective_has_them(make_config) -> None:
+    """As the runs' own names do; and how a model is computed makes no other run."""
+    lta = ("objective={name: lta, focus_weight: 0}", "latent.n_latents=2")
+    dqo = ("objective={name: dqo}", "data.kind=trajectory")
+    dpo = ("objective={name: dpo}",)
+    runs = {}
+    for number, settings in enumerate((lta, dqo, dpo)):
+        config = make_config(*settings)
+        run = runs[settings] = Path(config.storage) / "runs" / f"run-{number:016d}"
+        run.mkdir(parents=True)
+        write_json(run / RUN_FILE, {"identity": str(number), "model": "m", "config": config.dump()})
+    for settings, run in runs.items():
+        assert status.find_run(make_config(*settings, "model.activation_checkpointing=true")) == run
+    assert status.find_run(make_config(*lta, "latent.n_latents=3")) is None
+    assert status.find_run(make_config(*lta, "latent.positions=true")) is None
+    assert status.find_run(make_config(*lta, "critic.steps_alone=2")) == runs[lta]
+    assert status.find_run(make_config(*dqo, "critic.steps_alone=2")) is None
+    assert status.find_run(make_config(*dpo, "latent.n_latents=3", "critic.steps_alone=2")) == runs[dpo]
+
+
 def test_stopped_failed_and_finished(opened) -> None:
     config, run = opened
     assert "state       stopped: no driver is alive; the same command continues" in status.describe(config)

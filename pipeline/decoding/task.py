@@ -121,11 +121,11 @@ class _World(NamedTuple):
 
 
 def _world(config: RunConfig, local: bool) -> _World:
-    """Rows are prepared only where the run itself, or its held-out prompts, are asked for."""
+    """Rows are tokenised only where their prompts are asked for, and nothing is scored; a run of one's own is found by its name."""
     if config.checkpoint_from is None or config.sampling.prompts is None:
         if config.checkpoint_from is None:
             driver.check_trained(config)
-        prepared = driver.prepare(config, local)
+        prepared = driver.prepare(config, local, work="rows" if config.sampling.prompts is None else "names")
         own, _ = (driver.run_of if config.checkpoint_from else driver.trained_run)(config, prepared)
         folder = own if own.is_dir() else Path(config.storage) / "decoded"
         return _World(config.checkpoint_from or str(own), prepared.frozen, prepared.model, folder, prepared.rows)
