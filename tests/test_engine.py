@@ -209,11 +209,14 @@ def test_no_clipping(alone: Path, one: dict[str, Any]) -> None:
         assert free["losses"][-1] != pytest.approx(one["stage 0"]["losses"][-1], abs=1e-4)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_non_finite_gradient_is_refused(stage: int, alone: Path) -> None:
-    trainer = engine.Engine(Tiny(), config(stage), "cpu")
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [(0, "float32"), (2, "float32"), (3, "float32"), *((stage, "bfloat16") for stage in STAGES)]
+)
+def test_non_finite_gradient_is_refused(stage: int, dtype: str, bad: float, alone: Path) -> None:
+    trainer = engine.Engine(Tiny(), config(stage, dtype), "cpu")
     before = {name: trainer._gather(name, None).clone() for name in trainer._trained}
-    trainer.backward(trainer(rows(0)).loss * math.nan, last=True)
+    trainer.backward(trainer(rows(0)).loss * bad, last=True)
     with pytest.raises(FloatingPointError, match=r"^the gradient's norm is (nan|inf); .*$"):
         trainer.step(1.0)
     assert all(torch.equal(trainer._gather(name, None), tensor) for name, tensor in before.items())

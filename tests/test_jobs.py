@@ -152,6 +152,27 @@ def test_export_and_decode_of_a_finished_run(qalign, tmp_path: Path) -> None:
     assert qalign("decode", *same, f"checkpoint_from={best}", "sampling.max_new_tokens=4", "sampling.limit=2")[0] == 0
 
 
+def test_what_reads_a_run_prepares_only_what_it_reads(qalign, tmp_path: Path) -> None:
+    """With its cache gone: an export and prompts of one's own need no rows, held-out prompts need rows and no log-probs."""
+    assert qalign("train", "train.max_steps=1", "data.eval_fraction=0.2")[0] == 0
+    shutil.rmtree(tmp_path / "outputs" / "cache")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Once"}\n')
+
+    def made(kind: str) -> list[Path]:
+        return [path for path in (tmp_path / "outputs" / "cache").glob(f"{kind}-*") if any(path.iterdir())]
+
+    same = ["train.max_steps=1", "data.eval_fraction=0.2"]
+    short = [*same, "sampling.max_new_tokens=2", "sampling.limit=2", "decoding.logprobs=[]"]
+    status, _, told = qalign("export", *same, "--to", str(tmp_path / "exported"))
+    assert status == 0, told
+    status, _, told = qalign("decode", *short, f"sampling.prompts={{path: {tmp_path}/prompts.jsonl}}")
+    assert status == 0, told
+    assert made("rows") == made("reference") == []
+    status, _, told = qalign("decode", *short)
+    assert status == 0, told
+    assert len(made("rows")) == 1 and made("reference") == []
+
+
 def test_an_objective_in_a_folder_of_pythonpath_loads_by_dotted_path(qalign, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "mine.py").write_text(
         "from typing import ClassVar\n"

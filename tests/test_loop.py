@@ -193,6 +193,43 @@ def test_a_step_that_is_left_out_changes_nothing(make_config, monkeypatch, caplo
     assert "step 2: the loss is nan" in caplog.text and "left out (train.skip_nan)" in caplog.text
 
 
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3))])
+@pytest.mark.parametrize("skip", [0, 1])
+def test_a_gradient_in_bfloat16_that_is_not_finite_is_told_or_left_out(
+    make_config, monkeypatch, caplog, stage: int, skip: int
+) -> None:
+    """The loss is a number: what is not is the gradient alone. At every stage, as among several workers."""
+    micro = ("model.dtype=bfloat16", "train.tokens_per_micro_batch=64", f"scaling.zero_stage={stage}")
+    job = job_of(make_config("checkpoint.every=1", "checkpoint.keep=9", f"train.skip_nan={skip}", *micro))
+    real, calls = loop.train_step, []
+
+    def poisoned(learner, objective, batches, *rest):
+        calls.append(1)
+        hook = None
+        if len(calls) == 2:
+            weight = next(p for p in learner.policy.module.parameters() if p.requires_grad)
+            hook = weight.register_hook(lambda gradient: gradient * math.inf)
+        try:
+            return real(learner, objective, batches, *rest)
+        finally:
+            if hook is not None:
+                hook.remove()
+
+    monkeypatch.setattr(loop, "train_step", poisoned)
+    monkeypatch.setattr(loop, "unshared", lambda config, workers: config)
+    if not skip:
+        with pytest.raises(Diverged, match=r"step 2: the gradient's norm is (nan|inf); .* row ids: \[\d+, "):
+            train(job)
+        return
+    lines = train(job)
+    assert [line["step"] for line in lines if "skipped" in line] == [2]
+    one, two, three = (dict(checkpoint.read_weights(checkpoint.path_of(job.run, step))) for step in (1, 2, 3))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(two["lm.lm_head.weight"], three["lm.lm_head.weight"])
+    assert all(tensor.isfinite().all() for tensor in three.values())
+    assert "step 2: the gradient's norm is " in caplog.text and "left out (train.skip_nan)" in caplog.text
+
+
 @pytest.mark.slow
 def test_too_many_in_a_row_stop_the_run(make_config, monkeypatch) -> None:
     config = make_config("train.epochs=2", "train.skip_nan=1")
