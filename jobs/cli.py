@@ -10,8 +10,9 @@ import argparse
 import importlib
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from pipeline.heap import HUGE_PAGES
@@ -37,6 +38,28 @@ Every key of the configuration, with its default: qalign keys
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The `qalign` command."""
+    return quietly(lambda: _main(argv))
+
+
+def quietly(command: Callable[[], int]) -> int:
+    """The command's status. Ctrl-C is one line and 130; where nobody reads what it prints any more, it ends without a word, with 141."""
+    from pipeline.terminal import NobodyReads, guarded
+
+    with guarded():
+        try:
+            status = command()
+            sys.stdout.flush()
+            return status
+        except NobodyReads:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes as it ends
+            return 128 + signal.SIGPIPE
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one need not wait for what is being tidied up
+            print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
+            return 128 + signal.SIGINT
+
+
+def _main(argv: Sequence[str] | None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if os.getcwd() not in sys.path:
         # A project of one's own may lie here (see `pipeline.dotted`). Last: no file of this folder hides an installed module.
@@ -52,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(describe())
         return 0
     if argv[:1] and argv[0] in JOBS:
-        return run_job(importlib.import_module("tune.sweep" if argv[0] == "sweep" else f"jobs.{argv[0]}"), argv[1:])
+        return _run_job(importlib.import_module("tune.sweep" if argv[0] == "sweep" else f"jobs.{argv[0]}"), argv[1:])
     listing = "\n".join(f"  {name:8} {text}" for name, text in JOBS.items())
     parser = argparse.ArgumentParser(
         prog="qalign",
@@ -66,6 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_job(job: ModuleType, argv: Sequence[str] | None = None) -> int:
+    """The command `python -m jobs.NAME`."""
+    return quietly(lambda: _run_job(job, argv))
+
+
+def _run_job(job: ModuleType, argv: Sequence[str] | None) -> int:
     """Parse the command line of one job and run it. Errors that a user can mend are one line and exit status 2."""
     parser = argparse.ArgumentParser(
         prog=f"qalign {job.__name__.rpartition('.')[2]}",
@@ -91,23 +119,22 @@ def run_job(job: ModuleType, argv: Sequence[str] | None = None) -> int:
     from pipeline.config_file import load
     from pipeline.errors import Leaving, UserError
     from pipeline.pretrained import settled
-    from pipeline.redaction import log_to_terminal, redact
+    from pipeline.terminal import NobodyReads, log_to_terminal
 
     log_to_terminal()
     try:
         job.run(settled(load(options.config, options.overrides)), options)
     except UserError as error:
-        print(f"error: {redact(str(error))}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
+    except NobodyReads:
+        raise
     except OSError as error:  # a full disk, a folder that cannot be written: the system's words name it
-        print(f"error: {redact(str(error))}; check the path, its permissions and the space left", file=sys.stderr)
+        print(f"error: {error}; check the path, its permissions and the space left", file=sys.stderr)
         return 2
     except Leaving as leaving:
         print(f"{leaving}; the same command continues from there", file=sys.stderr)
-        return 143
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues from the last checkpoint", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGTERM
     return 0
 
 

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, mod
 from pipeline.contracts import Objective
 from pipeline.errors import ConfigError
 from pipeline.objectives import OBJECTIVES, resolve
-from pipeline.sections.base import Attention, Count, Fraction, Name, Positive, Precision, Section
+from pipeline.sections.base import Attention, Count, Fraction, Name, Place, Positive, Precision, Section
 from pipeline.sections.data import DataConfig, Source, TrajectoryColumns
 from pipeline.sections.latent import LatentConfig
 from pipeline.sections.model import LoraSection, ModelConfig
@@ -86,13 +86,13 @@ def _absolute(path: str) -> str:
 class RunConfig(Section):
     """Everything a job needs; each job reads the sections it uses."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] = "run"
     """Human part of the run's folder; the rest is a hash of what changes the run's meaning."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the order of rows, new weights, dropout and generation."""
-    storage: Annotated[Name, AfterValidator(_absolute), Field(validate_default=True)] = "outputs"
+    storage: Annotated[Place, AfterValidator(_absolute), Field(validate_default=True)] = "outputs"
     """Folder for caches, runs and the MLflow database; on a cluster, a path that all nodes share."""
-    checkpoint_from: str | None = None
+    checkpoint_from: Place | None = None
     """Checkpoint, run or model that `jobs.eval` and `jobs.decode` read; default: this configuration's own run."""
     data: DataConfig
     model: ModelConfig

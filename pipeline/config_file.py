@@ -18,6 +18,9 @@ from pydantic import BaseModel, ValidationError
 from pipeline.config import ConfigError, RunConfig, Section
 from pipeline.objectives import OBJECTIVES, resolve
 
+SHOWN = 100
+"""Characters of a wrong value that a message has room for."""
+
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file, set each `key.path=value` in turn, validate. Raises `ConfigError`.
@@ -81,8 +84,11 @@ def _one_line(error: ValidationError, plain: Mapping[str, Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """The value as Python writes it; of a number of many digits, the first and the last ones."""
-    return reprlib.repr(value) if isinstance(value, int) else repr(value)
+    """The value as Python writes it; of a number of many digits, the first and the last ones; of much else, the beginning."""
+    if isinstance(value, int):
+        return reprlib.repr(value)
+    written = repr(value)
+    return written if len(written) <= SHOWN else f"{written[:SHOWN]}…"
 
 
 def _known_keys(location: tuple[int | str, ...], plain: Mapping[str, Any]) -> list[str]:

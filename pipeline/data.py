@@ -28,6 +28,7 @@ from pipeline.errors import UserError
 from pipeline.layouts import parse
 from pipeline.pretrained import load_tokenizer
 from pipeline.records import Dialogue, Record
+from pipeline.redaction import redacted
 from pipeline.rendering import Renderer
 from pipeline.rows import finish, is_finished, manifest, part_of, write_tables
 from pipeline.sources import Chunk, RawRecord, plan, read
@@ -103,7 +104,7 @@ class PrepareChunk:
                     rows += len(made.rows)
                     bad.update(entry["reason"] for entry in made.bad)
                     tally.update(made.tally)
-                    quarantine.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in made.bad)
+                    quarantine.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in redacted(made.bad))
                     yield pa.Table.from_pylist(made.rows, schema=ROW_SCHEMA)
 
             part = write_tables(self.folder, number, tables(), ROW_SCHEMA)

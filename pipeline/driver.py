@@ -25,7 +25,6 @@ from pipeline.order import Plan
 from pipeline.pretrained import settled
 from pipeline.progress import METRICS_FILE, Monitor, read_metrics
 from pipeline.ray_train import train_on_ray
-from pipeline.redaction import redacted
 from pipeline.reference_cost import states_folder
 from pipeline.rows import Rows
 from pipeline.thinker import latent_identity
@@ -135,7 +134,7 @@ def open_run(config: RunConfig, prepared: Prepared) -> tuple[Path, str]:
     run, identity = run_of(config, prepared)
     if not (run / RUN_FILE).is_file():
         run.mkdir(parents=True, exist_ok=True)
-        write_json(run / RUN_FILE, {"identity": identity, "model": prepared.model, "config": redacted(config.dump())})
+        write_json(run / RUN_FILE, {"identity": identity, "model": prepared.model, "config": config.dump()})
     return run, identity
 
 

@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pipeline.redaction import sealed
+
 
 def digest_file(path: Path) -> str:
     """XXH3 (128 bits) of a file's content, as hex: against damage, at several GB/s; memory does not grow with the file."""
@@ -26,9 +28,9 @@ def digest_file(path: Path) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Written aside, flushed and renamed: readers see the old content or the new."""
+    """Written aside, flushed and renamed: readers see the old content or the new. Secrets are `sealed`."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.new")
-    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    aside.write_text(json.dumps(sealed(value), indent=1, ensure_ascii=False) + "\n")
     flush(aside)
     aside.rename(path)
     flush(path.parent)

@@ -31,6 +31,7 @@ from pipeline.generation import own_stop_ids, save_model
 from pipeline.model import Policy, load_policy
 from pipeline.model_files import locate
 from pipeline.pretrained import load_config, load_tokenizer, precision
+from pipeline.redaction import unsealed
 from pipeline.rendering import Renderer
 from pipeline.reward import RewardNetwork, load_reward_network
 from pipeline.thinker import new_prior, save_prior
@@ -241,6 +242,6 @@ def _source(run: Path, folder: Path) -> Path | None:
 
 def _export_again(run: Path, folder: Path, target: Path, trust_remote_code: bool) -> None:
     """Export a checkpoint of a run with the settings that the run notes."""
-    made_by = json.loads((run / RUN_FILE).read_text())
+    made_by = unsealed(json.loads((run / RUN_FILE).read_text()))
     made_by["config"]["model"]["trust_remote_code"] = trust_remote_code
     export(validate(made_by["config"]), folder, made_by["model"], target)

@@ -64,9 +64,9 @@ class MlflowTracker(Tracker):
         interval: float = 1.0,
         retry: float = 15.0,
     ) -> None:
-        self._uri, self._experiment, self._run = uri, experiment, run
+        self._uri, self._experiment, self._run = uri, redact(experiment), run
         self._shown = redact(uri)
-        self._name, self._parent = name or run.name, parent
+        self._name, self._parent = redact(name or run.name), parent
         self._state = self._read_state()
         self._steps: list[tuple[int, list[Metric]]] = []
         self._backlog = Backlog(f"MLflow ({self._shown})", self._open, _is_final, interval, retry)

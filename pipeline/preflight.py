@@ -17,6 +17,7 @@ from pipeline.model_files import locate
 from pipeline.optimizer import check_offload
 from pipeline.order import Plan
 from pipeline.pretrained import load_config, load_tokenizer
+from pipeline.redaction import redact
 from pipeline.rows import Rows
 from pipeline.thinker import assistant_of, check_steps, refuse_thoughts_under_kl
 from pipeline.tracking import tracking_uri
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 def check(config: RunConfig, local: bool = False) -> None:
     """What this machine, the storage and the tracking server give away. Raises ConfigError."""
+    if redact(config.name) != config.name:
+        raise ConfigError("name: holds a secret of the environment, and becomes the name of a folder; take another one")
     if config.tracking.enabled:
         tracking_uri(config)
     if local and config.scaling.gpus_per_worker and not torch.cuda.is_available():

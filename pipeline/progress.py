@@ -20,7 +20,8 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.patience import StorageFailed, may_pass, patiently
-from pipeline.redaction import RedactingFormatter, redact
+from pipeline.redaction import redact
+from pipeline.terminal import RedactingFormatter
 
 logger = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipeline.fencing import next_attempt
 from pipeline.loop import Job, train_worker
 from pipeline.progress import ERROR_FILE, RAY_FILE, tell
 from pipeline.redaction import redact
+from pipeline.terminal import guard, leaving_without_secrets
 
 
 class TrainingFailed(UserError):
@@ -70,14 +72,20 @@ def _worker(plain: dict[str, Any]) -> None:
     """
     from pipeline.elastic import draining
 
+    guard()
     run = Path(plain["run"])
     note = run / ERROR_FILE
     if note.is_file():
         return
+    with leaving_without_secrets():
+        _attempt(run, plain, draining)
+
+
+def _attempt(run: Path, plain: dict[str, Any], draining: Callable[[], str | None]) -> None:
     try:
         train_worker(plain, draining=draining)
     except UserError as error:
-        write_json(note, redact(str(error)))
+        write_json(run / ERROR_FILE, redact(str(error)))
         raise
     except Leaving:
         raise  # told already

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import Leaving
-from pipeline.redaction import redacted
+from pipeline.redaction import redact, redacted
 
 FOLDER = "logs"
 STEP_SECONDS = 10.0
@@ -75,7 +75,9 @@ class RunLog(logging.Handler):
         line = {"time": moment, "event": event, **self._place, **values, **lost}
         try:
             with self._path.open("a") as file:
-                file.write(json.dumps(redacted(line), ensure_ascii=False, default=str) + "\n")
+                file.write(
+                    json.dumps(redacted(line), ensure_ascii=False, default=lambda other: redact(str(other))) + "\n"
+                )
         except OSError:
             self._lost += 1
         else:

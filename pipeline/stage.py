@@ -18,6 +18,8 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline.errors import ConfigError, UserError
+from pipeline.redaction import redact
+from pipeline.terminal import guard, leaving_without_secrets
 
 Item = dict[str, Any]
 
@@ -70,6 +72,7 @@ class _Threaded:
 
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the parallelism is the actors'
         torch.set_num_threads(threads)
+        guard()
         self._build, self._call = partial(worker, **arguments), None
         self._refusal: Item | None = None
 
@@ -77,12 +80,13 @@ class _Threaded:
         if self._refusal is not None:  # the first one ends the stage: what is left is not worked on
             return self._refusal
         try:
-            if self._call is None:  # not before: of an error in a constructor Ray tells only that the actor died
-                self._call = self._build()
-            return self._call(row)
+            with leaving_without_secrets():
+                if self._call is None:  # not before: of an error in a constructor Ray tells only that the actor died
+                    self._call = self._build()
+                return self._call(row)
         except UserError as error:
             # As a row: where an actor raises, Ray prints its traceback, and its executor keeps actors (and their CPUs) for a while.
-            self._refusal = {_REFUSED: type(error).__name__, "message": str(error)}
+            self._refusal = {_REFUSED: type(error).__name__, "message": redact(str(error))}
             return self._refusal
 
 

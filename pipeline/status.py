@@ -19,7 +19,7 @@ from pipeline import checkpoint, run_log
 from pipeline.config import RunConfig
 from pipeline.export import EXPORT, RUN_FILE
 from pipeline.progress import ERROR_FILE, LOG_FILE, METRICS_FILE, RAY_FILE, read_metrics, summarise
-from pipeline.redaction import redacted
+from pipeline.redaction import sealed
 from pipeline.waiting import cluster_lines
 
 MEANING = ("data", "objective", "optimizer", "seed")
@@ -47,7 +47,7 @@ def _runs(config: RunConfig) -> list[Path]:
 
 
 def _same(config: RunConfig, other: dict[str, Any]) -> bool:
-    own = redacted(config.dump())
+    own = sealed(config.dump())
     needs = config.objective.needed()
     extra = [*(["critic"] if needs.critic else []), *(["latent"] if needs.latent != "none" else [])]
     lengths = all(own["train"].get(key) == other["train"].get(key) for key in LENGTH)

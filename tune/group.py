@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.config import ScalingConfig
+from pipeline.redaction import redact, unsealed
+from pipeline.terminal import guard, leaving_without_secrets
 
 STOP_FILE = "stop"
 """In a run's folder: its workers return after the step that they are in."""
@@ -30,16 +32,19 @@ class Outcome:
 
 
 def attempt(plain: dict[str, Any]) -> Outcome:
-    """`train_worker` until the end, or until the stop file is there; what a person has to mend becomes an outcome."""
+    """`train_worker` until the end, or until the stop file is there; what a person has to mend becomes an outcome.
+
+    plain: what a trial's job file holds; its secrets are those of this process's environment.
+    """
     from pipeline.errors import UserError
     from pipeline.loop import Diverged, train_worker
 
     try:
-        train_worker(plain, (Path(plain["run"]) / STOP_FILE).exists)
+        train_worker(unsealed(plain), (Path(plain["run"]) / STOP_FILE).exists)
     except Diverged as error:
-        return Outcome("diverged", str(error))
+        return Outcome("diverged", redact(str(error)))
     except UserError as error:
-        return Outcome("failed", str(error))
+        return Outcome("failed", redact(str(error)))
     return Outcome("finished")
 
 
@@ -48,6 +53,7 @@ class TrialWorker:
 
     def warm_up(self) -> None:
         """Pay for the imports before there is something to do."""
+        guard()
         import transformers  # noqa: F401
 
         import pipeline.loop  # noqa: F401
@@ -70,7 +76,8 @@ class TrialWorker:
         backend = "nccl" if plain["config"]["scaling"]["gpus_per_worker"] else "gloo"
         dist.init_process_group(backend, init_method=f"tcp://{address}", rank=rank, world_size=world)
         try:
-            return attempt(plain)
+            with leaving_without_secrets():
+                return attempt(plain)
         finally:
             dist.destroy_process_group()
 

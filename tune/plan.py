@@ -17,7 +17,7 @@ from pipeline.driver import Prepared
 from pipeline.durable import write_json
 from pipeline.model_files import fingerprint
 from pipeline.order import Plan
-from pipeline.redaction import redacted, urls_without_credentials
+from pipeline.redaction import urls_without_credentials
 from pipeline.rows import Rows
 from tune import search
 from tune.spaces import Point, Space
@@ -44,7 +44,7 @@ class Sweep:
         self.identity = self._identity()
         self.folder = Path(config.storage) / FOLDER / f"{config.name}-{self.identity}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / SWEEP_FILE, {"identity": self.identity, "config": redacted(config.dump())})
+        write_json(self.folder / SWEEP_FILE, {"identity": self.identity, "config": config.dump()})
         self.table = Table(self.folder)
         self._next = self.table.next_number()
         self._runs = {trial.run for trial in self.table.trials.values() if trial.run}

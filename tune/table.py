@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from pipeline.durable import flush
-from pipeline.redaction import redact
+from pipeline.redaction import redact, sealed, unsealed
 from tune.spaces import Point
 
 State = Literal["running", "finished", "stopped", "diverged", "failed"]
@@ -52,7 +52,7 @@ class Trial:
     @property
     def label(self) -> str:
         """What is special about it, for people."""
-        return " ".join(f"{key.rpartition('.')[2]}={short(value)}" for key, value in self.overrides.items())
+        return redact(" ".join(f"{key.rpartition('.')[2]}={short(value)}" for key, value in self.overrides.items()))
 
     def value(self, metric: str) -> float | None:
         """The metric, where there is a number that can be compared."""
@@ -84,7 +84,7 @@ class Table:
         with self._path.open("a+b") as file:
             if file.tell() and not self._ends_whole(file):
                 file.write(b"\n")  # the line before was cut off
-            file.write(json.dumps(asdict(trial)).encode() + b"\n")
+            file.write(json.dumps(sealed(asdict(trial))).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         return trial
@@ -132,7 +132,7 @@ class Table:
             numbers = [t.metrics.get(n, "") for n in held_out] + [t.evaluation.get(n, "") for n in measured]
             rows.writerow([t.name, t.state, *settings, t.step, *numbers, f"{t.seconds:.1f}", t.reason, t.run])
         aside = self.folder / f".{SUMMARY}.new"
-        aside.write_text(text.getvalue())
+        aside.write_text(redact(text.getvalue()))
         flush(aside)
         aside.rename(self.folder / SUMMARY)
         return self.folder / SUMMARY
@@ -140,7 +140,7 @@ class Table:
     def _read(self) -> None:
         for line in self._path.read_bytes().split(b"\n"):
             try:
-                trial = Trial(**json.loads(line))
+                trial = Trial(**unsealed(json.loads(line)))
             except ValueError:  # cut off by a crash, or still being written
                 continue
             self.trials[trial.number] = trial

@@ -15,6 +15,7 @@ import ray.tune
 
 from pipeline.config_file import validate
 from pipeline.progress import METRICS_FILE, Follower
+from pipeline.redaction import unsealed
 from tune.group import STOP_FILE, Group, Outcome
 
 POLL_SECONDS = 0.1
@@ -66,7 +67,7 @@ class TrialActor(ray.tune.Trainable):
         self._ended: Outcome | None = None
         self._follower = Follower(self._run / METRICS_FILE)
         if self._group is None:
-            self._group = Group(validate(self._plain["config"]).scaling)
+            self._group = Group(validate(unsealed(self._plain["config"])).scaling)
         self._group.start(self._plain)
 
     def _read(self) -> None:

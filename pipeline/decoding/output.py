@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from pipeline.config import ConfigError
 from pipeline.durable import flush, write_json
+from pipeline.redaction import redacted
 
 ENDINGS = (".jsonl", ".parquet", "")
 """Of the output's name; without one it is a folder."""
@@ -64,7 +65,7 @@ class Pieces:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path, lines in ((self._rows(number), rows), (self._refused(number), refused)):
             aside = path.with_suffix(f".{os.getpid()}.tmp")
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in redacted(lines))
             aside.write_text(text, encoding="utf-8")
             flush(aside)
             aside.replace(path)

@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from pipeline.errors import UserError
 from pipeline.progress import METRICS_FILE, read_metrics
+from pipeline.redaction import redact
 from pipeline.report import evaluation, sweep
 from pipeline.report.content import Trial
 from pipeline.report.curves import curves, last_values
@@ -156,7 +157,7 @@ def _hash(text: str) -> str:
 def _write(page: str, output: Path) -> Path:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(page, encoding="utf-8", newline="\n")
+        output.write_text(redact(page), encoding="utf-8", newline="\n")
     except OSError as error:
         raise UserError(f"{output}: the report cannot be written ({error.strerror}); give another place") from None
     return output

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.records import RecordKind
-from pipeline.sections.base import Fraction, Name, Section
+from pipeline.sections.base import Fraction, Name, Place, Section
 
 
 def check_answer_pattern(pattern: str) -> None:
@@ -50,7 +50,7 @@ class TrajectoryColumns(Section):
 class Source(Section):
     """One place records come from."""
 
-    path: Name
+    path: Place
     """File, glob or folder of jsonl / parquet files, a folder saved by `datasets`, or a data set's hub name."""
     format: Literal["auto", "jsonl", "parquet", "huggingface"] = "auto"
     """`auto` goes by the file ending; `huggingface` reads a saved folder or a hub name."""

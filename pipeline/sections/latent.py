@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.sections.base import Count, Name, Section
+from pipeline.sections.base import Count, Place, Section
 
 
 class LatentConfig(Section):
@@ -14,7 +14,7 @@ class LatentConfig(Section):
 
     n_latents: Count = 4
     """Thoughts before each answer in training; decoding may take fewer (`sampling.n_latents`)."""
-    assistant: Name | None = None
+    assistant: Place | None = None
     """A small language model of the same vocabulary whose frozen states become the thoughts, through one trained projection
     (SoftCoT); default: a transformer block of random weights (LTA-Thinker)."""
     backbone: Literal["frozen", "trained"] = "frozen"

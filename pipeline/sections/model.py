@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipeline.sections.base import Attention, Count, Name, Positive, Precision, Section
+from pipeline.sections.base import Attention, Count, Place, Positive, Precision, Section
 
 
 class LoraSection(Section):
@@ -21,9 +21,9 @@ class LoraSection(Section):
 class ModelConfig(Section):
     """The policy, and what it is compared with."""
 
-    path: Name
+    path: Place
     """Hub name, folder, `package:smollm2` (ships with the demo extra), or a run's folder (starts from its export)."""
-    reference: str | None = None
+    reference: Place | None = None
     """The frozen reference; default: the model that training starts from."""
     reference_states: Literal["auto", "cached", "live"] = "auto"
     """For an exact KL (`tdpo`): the reference's last hidden states are read from a cache, or the reference runs beside the policy.

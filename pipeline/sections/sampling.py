@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.sections.base import Copies, Count, Name, Positive, Section
+from pipeline.sections.base import Copies, Count, Name, Place, Positive, Section
 from pipeline.sections.data import Source, TrajectoryColumns, check_answer_pattern
 
 
@@ -34,10 +34,10 @@ class SamplingConfig(Section):
     """Where prompts come from (column `prompt`); default: the held-out rows of `data`."""
     limit: Count | None = None
     """At most this many prompts."""
-    scorer: str | None = None
+    scorer: Place | None = None
     """`vader`, `verifiable` (the right answer), `classifier:NAME` (a sequence classifier, or a run of reward_model), or a dotted
     path `package.module:function` from (prompt, response) to a number."""
-    output: str | None = None
+    output: Place | None = None
     """File that `jobs.decode` writes (jsonl or parquet; without an ending, a folder that `datasets` reads); default: in the
     run's folder."""
 
@@ -76,15 +76,15 @@ class DecodingConfig(Section):
     """Tokens of one, at most; default: to `sampling.max_new_tokens`."""
     rollout_temperature: Annotated[float, Field(ge=0)] = 1.0
     """0: one greedy continuation per candidate."""
-    reference: Name | None = None
+    reference: Place | None = None
     """args, controlled, transfer_q, proxy: the model before alignment; default: the run's reference."""
-    baseline: Name | None = None
+    baseline: Place | None = None
     """transfer_q: the aligned model that makes the roll-outs; default: the policy."""
-    baseline_scorer: Name | None = None
+    baseline_scorer: Place | None = None
     """transfer_q: the reward that the baseline was aligned to, where it is another than `sampling.scorer` (indirect transfer)."""
     beta: Positive | None = None
     """transfer_q, indirect: strength of the baseline's leash; default: objective.beta."""
-    base: Name | None = None
+    base: Place | None = None
     """proxy: the model that the policy's change is added to; default: the reference."""
     weight: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
     """proxy: how much of the change is added."""
@@ -99,7 +99,7 @@ class EvaluationConfig(Section):
 
     evaluators: tuple[Name, ...] | None = None
     """Names of `pipeline.evaluation.EVALUATORS`; default: all, those of samples where a scorer is set or --sample is given."""
-    against: Name | None = None
+    against: Place | None = None
     """A second model, run or checkpoint, whose samples of the same prompts are compared with the policy's."""
     bins: Annotated[int, Field(ge=2, le=1000)] = 10
     """Bins of the reliability diagrams, all of the same width."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.sections.base import Count, Name, Section
+from pipeline.sections.base import Count, ModelName, Name, Section
 
 
 class Range(Section):
@@ -95,7 +95,7 @@ class SweepConfig(Section):
     """How often a trial whose worker died is taken up again from its last checkpoint."""
     evaluate: bool = False
     """Run `jobs.eval` on each finished trial: reward (sampling.scorer) and KL of the policy's own samples."""
-    register_as: str | None = None
+    register_as: ModelName | None = None
     """Register the best model under this name in MLflow (copies the weights)."""
 
     @property

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from pipeline.sections.base import Count, Fraction, Positive, Precision, Section
+from pipeline.sections.base import Count, Fraction, ModelName, Positive, Precision, Section, Title
 
 
 class OptimizerConfig(Section):
@@ -139,8 +139,8 @@ class TrackingConfig(Section):
     enabled: bool = True
     uri: str | None = None
     """Default: MLFLOW_TRACKING_URI, else a sqlite file in `storage`."""
-    experiment: str = "qalign"
-    register_as: str | None = None
+    experiment: Title = "qalign"
+    register_as: ModelName | None = None
     """Register the exported model under this name (copies the weights)."""
     copy_model: bool = False
     """Copy the exported model into the run's artifacts; default: only its path is recorded."""
