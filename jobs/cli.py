@@ -135,6 +135,13 @@ def _run_job(job: ModuleType, argv: Sequence[str] | None) -> int:
     except Leaving as leaving:
         print(f"{leaving}; the same command continues from there", file=sys.stderr)
         return 128 + signal.SIGTERM
+    except Exception as error:
+        from pipeline.cluster import broke_down
+
+        if (said := broke_down(error)) is None:
+            raise
+        print(f"error: {said}", file=sys.stderr)
+        return 2
     return 0
 
 

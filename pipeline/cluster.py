@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
+import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, Leaving
 from pipeline.forks import ForkServer
 from pipeline.heap import HUGE_PAGES, ONE_HEAP
 
@@ -68,6 +71,54 @@ def connect(config: RunConfig) -> None:
 
     if ray.is_initialized():
         return
+    _start(config)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _leave)  # Ray's own handler aborts the process
+    address = ray.get_runtime_context().gcs_address
+    threading.Thread(target=_watch_head, args=(address,), name="head", daemon=True).start()
+
+
+def broke_down(error: BaseException) -> str | None:
+    """What a person has to know where Ray itself failed under a job; None: something else did."""
+    exceptions = getattr(sys.modules.get("ray"), "exceptions", None)
+    if exceptions is None or not isinstance(error, exceptions.RayError) or isinstance(error, exceptions.RayTaskError):
+        return None
+    what = " ".join(str(error).split())[:300]
+    return f"a process of Ray's broke down ({type(error).__name__}: {what}); the same command continues from the last checkpoint"
+
+
+def _leave(*_: object) -> None:
+    raise Leaving("ended by SIGTERM, behind the last checkpoint")
+
+
+HEAD_SECONDS = 10.0
+"""A head that nobody can connect to for so long is gone."""
+
+
+def _watch_head(address: str) -> None:
+    """Tell of a head that is gone: Ray ends this process a minute later, without a word."""
+    host, _, port = address.rpartition(":")
+    since = None
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            since = None
+        except OSError:
+            since = since or time.monotonic()
+            if time.monotonic() - since > HEAD_SECONDS:
+                print(
+                    f"error: Ray's head at {address} is gone, and with it this command: it ends within a minute, and the same command "
+                    "then continues from the last checkpoint",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                return
+        time.sleep(2)
+
+
+def _start(config: RunConfig) -> None:
+    import ray
+
     _set_environment(ENVIRONMENT)
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": WORKER_ENVIRONMENT})

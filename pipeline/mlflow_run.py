@@ -290,7 +290,7 @@ def _key(name: str) -> str:
 
 def _folder_name(name: str) -> str:
     """`name` as one folder: nothing in it leads elsewhere."""
-    return re.sub(r"[^\w. -]", "_", name).lstrip(".")[:250] or "_"
+    return re.sub(r"[^\w. -]", "_", name).lstrip(".").encode()[:250].decode(errors="ignore") or "_"
 
 
 def _cut(value: str) -> str:

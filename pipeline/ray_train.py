@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,32 @@ def train_on_ray(job: Job) -> None:
         ),
     )
     try:
-        trainer.fit()
+        _interruptible(trainer.fit)
     except TrainingFailedError as error:
         if not (job.run / ERROR_FILE).is_file():
             raise TrainingFailed(str(error).strip().splitlines()[-1]) from error
     if (job.run / ERROR_FILE).is_file():
         raise TrainingFailed(json.loads((job.run / ERROR_FILE).read_text())) from None
+
+
+def _interruptible(call: Callable[[], Any]) -> None:
+    """`call` in a thread: Ray Train leaves signals alone there, so that Ctrl-C and SIGTERM reach the driver as anywhere else."""
+    ended: list[BaseException | None] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            ended.append(error)
+        else:
+            ended.append(None)
+
+    thread = threading.Thread(target=run, name="ray-train", daemon=True)
+    thread.start()
+    while not ended:
+        thread.join(0.5)
+    if ended[0] is not None:
+        raise ended[0]
 
 
 def _worker(plain: dict[str, Any]) -> None:

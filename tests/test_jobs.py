@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from jobs.cli import main
 from pipeline import checkpoint
 
 
@@ -45,6 +49,79 @@ def test_what_cannot_work_is_one_line(qalign, arguments: list[str], message: str
     assert message in error_of(qalign("train", *arguments))
     if "GPU" not in message:  # a dry run may look ahead to another machine
         assert message in error_of(qalign("train", *arguments, "--dry-run"))
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (f"name={LONG}", "name: string should have at most 100 characters"),
+        ("name=a/b", "name: string should match pattern"),
+        ("name=..", "name: string should match pattern"),
+        ("name=läufer", "name: string should match pattern"),
+        (f"storage=/tmp/{LONG}/x", "storage: has a name of 300 bytes in it; shorten it to 255"),
+        (f"storage={'/tmp/ä' * 800}", "storage: has 5,600 bytes; shorten it to 3,000"),
+        ('storage="/tmp/a\\0b"', r"storage: holds the control character '\x00'; remove it"),
+        ('model.path="a\\tb"', r"model.path: holds the control character '\t'"),
+        (f"sampling.output={LONG}.jsonl", "sampling.output: has a name of 306 bytes"),
+        (f"checkpoint_from={LONG}", "checkpoint_from: has a name of 300 bytes"),
+        (f"data.sources=[{{path: {LONG}.jsonl}}]", "data.sources.0.path: has a name of 306 bytes"),
+        ("tracking.register_as=a/b", "tracking.register_as: string should match pattern"),
+        (f"tracking.experiment={LONG}", "tracking.experiment: string should have at most 250 characters"),
+        ("tracking.experiment=''", "tracking.experiment: string should have at least 1 character"),
+    ],
+)
+def test_names_that_no_file_system_takes_are_refused_as_they_are_read(qalign, tmp_path, value: str, said: str) -> None:
+    refused = error_of(qalign("train", value))
+    assert refused.startswith(f"error: {said}")
+    assert len(refused) < 400
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_the_longest_name_trains(qalign, tmp_path: Path) -> None:
+    given = [f"name={'x' * 100}", "train.max_steps=1", "tracking.enabled=true", f"tracking.experiment={'é ' * 100}"]
+    status, _, told = qalign("train", *given)
+    assert status == 0, told
+    assert len(list((tmp_path / "outputs" / "runs").glob("x*/export/model.safetensors"))) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["keys"], ["schema"], ["train", "{config}", "--dry-run"], ["train", "{config}", "--status"]]
+)
+def test_a_reader_who_has_seen_enough_ends_a_command_without_a_word(
+    make_config, tmp_path: Path, monkeypatch, capfd, arguments: list[str]
+) -> None:
+    make_config()
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main([part.format(config=tmp_path / "config.yaml") for part in arguments]) == 141
+        monkeypatch.undo()
+    assert "Error" not in capfd.readouterr().err
+
+
+def test_a_training_goes_on_where_its_terminal_is_gone(make_config, tmp_path: Path, monkeypatch) -> None:
+    make_config()
+    read, write = os.pipe()
+    os.close(read)
+    with suppress(BrokenPipeError), os.fdopen(write, "w", buffering=1) as closed:
+        monkeypatch.setattr(sys, "stderr", closed)
+        assert main(["train", str(tmp_path / "config.yaml"), "--local", "train.max_steps=1"]) == 0
+        monkeypatch.undo()
+
+
+def test_ctrl_c_is_one_line(make_config, tmp_path: Path, monkeypatch, capfd) -> None:
+    make_config()
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("pipeline.driver.fit", lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        assert main(["train", str(tmp_path / "config.yaml"), "--local"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert capfd.readouterr().err == "interrupted; the same command continues from the last checkpoint\n"
 
 
 @pytest.fixture(scope="module")

@@ -40,10 +40,15 @@ LONGEST_PART, LONGEST_PATH = 255, 3000
 """Bytes of one name and of a whole path that file systems take; beneath the path there has to be room for what a run writes."""
 
 
+def _printable(text: str) -> str:
+    if found := re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", text):
+        raise ValueError(f"holds the control character {found.group()!r}; remove it")
+    return text
+
+
 def _place(path: str) -> str:
     """Raises ValueError where no file system or server has such a place."""
-    if found := re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", path):
-        raise ValueError(f"holds the control character {found.group()!r}; remove it")
+    _printable(path)
     if len(path.encode()) > LONGEST_PATH:
         raise ValueError(f"has {len(path.encode()):,} bytes; shorten it to {LONGEST_PATH:,}")
     longest = 0 if "://" in path else max(len(part.encode()) for part in path.split("/"))
@@ -54,7 +59,7 @@ def _place(path: str) -> str:
 
 Place = Annotated[str, Field(min_length=1), AfterValidator(_place)]
 """A file, a folder, a URL, or the name of a model or of data."""
-Title = Annotated[str, Field(min_length=1, max_length=250), AfterValidator(_place)]
+Title = Annotated[str, Field(min_length=1, max_length=250), AfterValidator(_printable)]
 """What people and servers know a thing by."""
 ModelName = Annotated[Title, Field(pattern=r"^[^/:]*$")]
 """What MLflow takes as the name of a registered model."""
