@@ -79,14 +79,17 @@ class Forms:
     def __init__(self, write: Write, source: str) -> None:
         self._write = write
         self._known: dict[tuple[Any, ...], Form | str] = {}
+        self._heard: set[str] = set()  # roles whose words come out
         self.tags = next((tags for tags in TAGS if tags[0] in source or tags[1] in source), None)
 
     def turn(self, message: Message) -> dict[str, Any]:
         """A message as the template reads it. Raises ValueError if the template would leave some of it out."""
-        form = self._form(message)
-        if message.plain:
-            return {"role": message.role, "content": message.content}
-        return form(message, self.tags)
+        if not message.plain:
+            return self._form(message)(message, self.tags)
+        if message.role not in self._heard:
+            self._form(message)
+            self._heard.add(message.role)
+        return {"role": message.role, "content": message.content}
 
     def folds(self, message: Message) -> bool:
         """Whether the template reads thoughts in tags among the words alone."""

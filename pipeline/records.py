@@ -20,6 +20,9 @@ Text = Annotated[str, StringConstraints(strict=True, min_length=1)]
 Strict = Annotated[str, StringConstraints(strict=True)]
 
 
+_NOTHING_MORE = (None,) * 4
+
+
 class Message(BaseModel):
     """One turn of a dialogue, as chat templates read it."""
 
@@ -37,7 +40,8 @@ class Message(BaseModel):
     @property
     def plain(self) -> bool:
         """Whether it holds nothing but a role and its words."""
-        return self.content is not None and self.beside == {}
+        more = (self.reasoning_content, self.tool_calls, self.tool_call_id, self.name)
+        return self.content is not None and more == _NOTHING_MORE
 
     @property
     def beside(self) -> dict[str, Any]:
