@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pyarrow as pa
 
@@ -35,6 +35,19 @@ def read_ipc(path: Path) -> pa.Table:
     with pa.ipc.open_file(pa.memory_map(str(path))) as reader:
         check_plain(reader.schema)
         return reader.read_all()
+
+
+def holds_structs_of_structs(outer: pa.DataType) -> bool:
+    """Whether a column holds lists of structs with structs inside, as calls of tools and their arguments are."""
+    lists = (found for found in _types(outer) if isinstance(found, pa.ListType | pa.LargeListType))
+    return any(sum(isinstance(inner, pa.StructType) for inner in _types(found)) > 1 for found in lists)
+
+
+def without_nulls(value: Any) -> Any:
+    """A value whose objects lack their null fields: Arrow gives each struct all fields of all others."""
+    if isinstance(value, dict):
+        return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def check_plain(schema: pa.Schema) -> None:

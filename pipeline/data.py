@@ -21,6 +21,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.chat import Chat
 from pipeline.config import DataConfig, RunConfig, digest
 from pipeline.contracts import ROW_SCHEMA
 from pipeline.durable import digest_file, write_json
@@ -264,8 +265,10 @@ def _planned(config: RunConfig, model: str) -> tuple[Path, list[Chunk]]:
     )
     tokenizer = load_tokenizer(model, config.model.trust_remote_code)
     contents = [train.fingerprint, held_out.fingerprint]
-    folder = cache / f"rows-{digest(4, contents, _shaping(config), tokenizer_identity(tokenizer))}"
-    return folder, train.chunks + held_out.chunks
+    shaping = [contents, _shaping(config), tokenizer_identity(tokenizer)]
+    if Chat(tokenizer, config.data.chat_template).exists:
+        shaping.append({"chats": 2})  # how they are written has changed since the rows of texts have
+    return cache / f"rows-{digest(4, *shaping)}", train.chunks + held_out.chunks
 
 
 def _write(config: RunConfig, chunks: list[Chunk], folder: Path, model: str, local: bool) -> None:

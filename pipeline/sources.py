@@ -18,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.arrow_files import ExtensionType, open_parquet
+from pipeline.arrow_files import ExtensionType, holds_structs_of_structs, open_parquet, without_nulls
 from pipeline.columns import mapped
 from pipeline.config import ConfigError, DataConfig, Source, digest
 from pipeline.files import File, compression, one_line, open_binary, resolve, size_of
@@ -268,7 +268,8 @@ def _rows(batch: pa.RecordBatch, most: int) -> list[tuple[dict[str, Any] | None,
         return [(None, too_large(most))]
     try:
         if batch.nbytes <= most:
-            return [(row, None) for row in batch.to_pylist()]
+            nested = [field.name for field in batch.schema if holds_structs_of_structs(field.type)]
+            return [(row | {name: without_nulls(row[name]) for name in nested}, None) for row in batch.to_pylist()]
     except UnicodeDecodeError:
         if batch.num_rows == 1:
             return [(None, "bad UTF-8")]

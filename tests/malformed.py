@@ -13,6 +13,15 @@ GOOD: dict[str, list[dict[str, Any]]] = {
         {"prompt": "p", "response": "r"},
         {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}]},
         {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "r"}], "system": "s"},
+        {
+            "messages": [
+                {"role": "user", "content": "p"},
+                {"role": "assistant", "content": "look", "reasoning": "", "tool_calls": None, "weight": 0},
+                {"role": "tool", "content": "t", "tool_call_id": "c", "name": "f"},
+                {"role": "assistant", "content": "r", "weight": 1},
+            ],
+            "tools": [],
+        },
     ],
     "preference": [
         {"prompt": "p", "chosen": "a", "rejected": "b", "weight": 0.5},

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
+from pipeline.config import Source
 from pipeline.layouts import parse, parse_prompt
 from pipeline.messages import tools_of, turns_of
 from pipeline.records import Dialogue, Message
+from pipeline.sources import plan
+from pipeline.sources import read as read_chunk
 
 USER = {"role": "user", "content": "Weather in Oslo?"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
@@ -249,3 +255,20 @@ def test_a_trajectory_is_turns_and_what_they_call():
     assert len(parse({"trajectories": both}, "trajectory").trajectories) == 2, "they call with other arguments"
     with pytest.raises(ValueError, match=r"^equal trajectories with different rewards$"):
         parse({"trajectories": [both[0], both[0] | {"reward": 0}]}, "trajectory")
+
+
+def test_messages_out_of_parquet_have_no_fields_of_each_other(tmp_path: Path):
+    calls = [CALL, {"id": "c2", "type": "function", "function": {"name": "time", "arguments": {"zone": "CET"}}}]
+    turns = [USER, CALLING | {"tool_calls": calls}, ANSWERED, {"role": "assistant", "content": "a", "reasoning": "b"}]
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
+    tools = [
+        TOOL | {"function": FUNCTION | {"parameters": parameters}},
+        {"type": "function", "function": {"name": "time"}},
+    ]
+    table = pa.Table.from_pylist([{"messages": turns, "tools": tools}])
+    assert set(table.to_pylist()[0]["messages"][0]) > {"tool_calls", "reasoning"}
+    parquet.write_table(table, tmp_path / "a.parquet")
+    made = plan([Source(path=str(tmp_path / "a.parquet"))], tmp_path / "work")
+    (record,) = (parse(raw.content(), "demonstration") for chunk in made.chunks for raw in read_chunk(chunk))
+    assert record == parse({"messages": turns, "tools": tools}, "demonstration")
+    assert [list(call["function"]["arguments"]) for call in record.prompt[1].tool_calls] == [["city"], ["zone"]]
