@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from jobs.cli import main
 from pipeline import checkpoint
+from tests.conftest import save_tiny_llama
 
 
 def error_of(result: tuple[int, str, str]) -> str:
@@ -269,3 +270,21 @@ def test_an_objective_in_a_folder_of_pythonpath_loads_by_dotted_path(qalign, tmp
     assert "has no `needs`" in error_of(qalign("train", "objective={name: 'mine:Bare'}"))
     told = error_of(qalign("train", "objective={name: 'mine:Likelihood'}"))
     assert "returns the terms ['b'] but weighs ['a']" in told
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_what_was_never_trained_leaves_no_run_behind(qalign, tmp_path: Path, others: bool) -> None:
+    """Also where a run of other settings has the same name."""
+    runs = tmp_path / "outputs" / "runs"
+    if others:
+        assert qalign("train", "train.max_steps=1")[0] == 0
+    before = sorted(runs.glob("*"))
+    asked = ["seed=7", "sampling.limit=2", "sampling.max_new_tokens=4"]
+    for job, *more in (["export", "--to", str(tmp_path / "to")], ["eval"], ["decode"]):
+        assert "has no run in" in error_of(qalign(job, *asked, *more))
+    model = f"checkpoint_from={tmp_path / 'model'}"
+    save_tiny_llama(tmp_path / "model")
+    assert qalign("eval", *asked, model, "evaluation.evaluators=[held_out]")[0] == 0
+    assert qalign("decode", *asked, model)[0] == 0
+    assert sorted(runs.glob("*")) == before and runs.exists() == others
+    assert not (tmp_path / "to").exists()
