@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.model import Policy
 from pipeline.pretrained import load_causal_lm, load_scorer
 from pipeline.reward import RewardNetwork
-from pipeline.rows import Rows
+from pipeline.rows import Rows, is_finished
 
 PROMPT, RESPONSE = 32, 16
 """Tokens of a row that are read, at most: what a check costs grows with them."""
@@ -35,7 +35,7 @@ def probe_rows(config: RunConfig, rows: Path | None, vocabulary: int, pad: int |
 
     pad: a token that no response ends with, as a classifier of transformers would look past it.
     """
-    if rows is not None and rows.is_dir():
+    if rows is not None and is_finished(rows):
         prepared = Rows(rows)
         given = [prepared[i] for i in sorted({0, len(prepared) // 2})]
     else:
