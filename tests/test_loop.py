@@ -114,7 +114,6 @@ def test_micro_batches_do_not_change_the_update(make_config) -> None:
         torch.testing.assert_close(tensor, weights(small)[name], atol=2e-4, rtol=1e-3)
 
 
-@pytest.mark.slow
 def test_layers_are_recomputed_from_the_first_step_on_and_change_no_weight(make_config, monkeypatch) -> None:
     """Layers of transformers recompute in training mode alone; models come out of loading in evaluation mode."""
     from transformers.models.llama.modeling_llama import LlamaMLP
@@ -134,9 +133,11 @@ def test_layers_are_recomputed_from_the_first_step_on_and_change_no_weight(make_
         jobs.append(job)
         computed.append(sum(calls))
     assert computed[1] == 2 * computed[0] > 0
-    assert_same_weights(*jobs)
+    for name, tensor in weights(jobs[0]).items():
+        torch.testing.assert_close(weights(jobs[1])[name], tensor, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_row_is_used_once_per_epoch(make_config, monkeypatch) -> None:
     seen: list[int] = []
     real = loop.train_step
