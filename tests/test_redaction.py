@@ -16,8 +16,10 @@ import pytest
 import yaml
 from markupsafe import Markup
 
+from pipeline.durable import write_json
 from pipeline.redaction import HIDDEN, MissingSecret, redact, redacted, sealed, unsealed, urls_without_credentials
 from pipeline.terminal import RedactingFormatter, guarded, leaving_without_secrets
+from tune.table import Table, Trial
 
 
 @pytest.mark.parametrize(
@@ -237,3 +239,21 @@ def test_errors_leave_a_worker_without_secrets(monkeypatch: pytest.MonkeyPatch) 
     assert "swordfish" not in str(caught.value)
     with pytest.raises(KeyError), leaving_without_secrets():
         raise KeyError("harmless")
+
+
+def test_small_files_of_ours_hold_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_SECRET", NASTY["quotes"])
+    write_json(tmp_path / "a.json", {"a": [NASTY["quotes"]], "b": f"s3://k:{NASTY['plain']}@h"})
+    found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert found == {"a": ["${oc.env:MY_SECRET}"], "b": "s3://***@h"}
+    table = Table(tmp_path)
+    trial = Trial(
+        1, {"data.prompt_template": 0}, {"data.prompt_template": NASTY["quotes"]}, "run", reason=NASTY["quotes"]
+    )
+    table.put(trial)
+    assert "/örd" not in "".join(file.read_text(encoding="utf-8") for file in tmp_path.iterdir())
+    again = Table(tmp_path).trials[1]
+    assert again.overrides == trial.overrides, "a trial that goes on is what it was"
+    assert again.label == "prompt_template=***"
+    table.write_summary("eval/loss", False)
+    assert "/örd" not in "".join(file.read_text(encoding="utf-8") for file in tmp_path.iterdir())

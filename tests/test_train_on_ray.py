@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -70,6 +72,7 @@ def test_two_workers_equal_one_process_and_survive_a_killed_worker(
 
 DRIVER = """
 import sys
+import tempfile
 from pipeline.config_file import load
 from pipeline.driver import fit
 fit(load(sys.argv[1], sys.argv[2:]))
@@ -121,3 +124,66 @@ def test_an_error_that_a_person_must_mend_ends_the_run_in_one_line(make_config, 
         match=r"^step \d+: the (loss|gradient's norm) is (nan|inf|-inf); lower optimizer\.lr .*row ids: \[\d+",
     ):
         fit(config)
+
+
+FAILING = """
+import os, sys, warnings
+from typing import ClassVar
+from pipeline.contracts import *
+class Failing(Objective):
+    needs: ClassVar[Needs] = Needs(records=frozenset({"preference"}))
+    def weight(self, batch): return {"a": batch.weight.sum()}
+    def __call__(self, out, batch):
+        secret = os.environ["PLANTED_SECRET"]
+        print(secret, flush=True)
+        warnings.warn(secret)
+        raise ValueError(secret)
+    def token_reward(self, out, batch): return out.logprobs
+"""
+
+
+@pytest.mark.slow
+def test_a_driver_ends_in_one_line_for_any_signal_and_no_secret_is_in_rays_logs(make_config, tmp_path: Path) -> None:
+    make_config()
+    (tmp_path / "failing.py").write_text(FAILING)
+    root, logs = Path(__file__).parent.parent, Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment |= {
+        "PYTHONPATH": f"{root}{os.pathsep}{tmp_path}",
+        "PLANTED_SECRET": 'PLANTED\\quoted"ünd more\\',
+        "RAY_TMPDIR": str(logs),
+    }
+    told = tmp_path / "told.txt"
+
+    def start(*overrides: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "jobs.cli", "train", str(tmp_path / "config.yaml"), *TWO, *overrides]
+        with told.open("wb") as out:
+            return subprocess.Popen(command, env=environment, cwd=root, stdout=out, stderr=out, start_new_session=True)
+
+    for step, (number, said) in {
+        2: (signal.SIGINT, "interrupted; the same command continues from the last checkpoint"),
+        5: (signal.SIGTERM, "ended by SIGTERM, behind the last checkpoint; the same command continues from there"),
+    }.items():
+        driver = start("train.epochs=30")
+        deadline = time.monotonic() + 120
+        while not any(line["step"] >= step for file in tmp_path.rglob(METRICS_FILE) for line in read_metrics(file)):
+            assert time.monotonic() < deadline and driver.poll() is None, told.read_text()
+            time.sleep(0.05)
+        os.kill(driver.pid, number)
+        assert driver.wait(timeout=60) == 128 + number
+        assert told.read_text().splitlines()[-1] == said
+        assert "Traceback" not in told.read_text()
+
+    failing = start(
+        "objective={name: 'failing:Failing'}",
+        "scaling.max_failures=0",
+        "data.prompt_template='${oc.env:PLANTED_SECRET} {prompt}'",
+    )
+    assert failing.wait(timeout=120) == 2
+    assert "error: workers failed" in told.read_text() and "ValueError: ***" in told.read_text()
+    written = [
+        path for folder in (tmp_path, logs) for path in folder.rglob("*") if path.is_file() and not path.is_symlink()
+    ]
+    assert any("worker" in path.name for path in written), "Ray's logs are looked at"
+    assert [path for path in written if b"PLANTED\\" in path.read_bytes() and path.name != "failing.py"] == []
+    shutil.rmtree(logs)
