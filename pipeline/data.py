@@ -268,7 +268,7 @@ def _planned(config: RunConfig, model: str) -> tuple[Path, list[Chunk]]:
     shaping = [contents, _shaping(config), tokenizer_identity(tokenizer)]
     if Chat(tokenizer, config.data.chat_template).exists:
         shaping.append({"chats": 2})  # how they are written has changed since the rows of texts have
-    return cache / f"rows-{digest(4, *shaping)}", train.chunks + held_out.chunks
+    return cache / f"rows-{digest(5, *shaping)}", train.chunks + held_out.chunks
 
 
 def _write(config: RunConfig, chunks: list[Chunk], folder: Path, model: str, local: bool) -> None:
@@ -339,7 +339,16 @@ def refuse(data: DataConfig, found: Summary, hint: str) -> None:
 
 def _shaping(config: RunConfig) -> dict[str, Any]:
     """The part of the configuration that changes rows (mixing, splitting and bounds on errors do not)."""
-    keys = ("kind", "max_length", "max_prompt_length", "prompt_template", "chat_template", "append_eos", "ties")
+    keys = (
+        "kind",
+        "max_length",
+        "max_prompt_length",
+        "min_prompt_length",
+        "prompt_template",
+        "chat_template",
+        "append_eos",
+        "ties",
+    )
     shaping = {key: getattr(config.data, key) for key in keys}
     return shaping | {"mismatched": config.objective.needed().mismatched}
 

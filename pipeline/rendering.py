@@ -4,7 +4,8 @@ The prompt's tokens are a true prefix in front of every response, and they are w
 texts are tokenised on their own, prompt and response: tokenised together, letters on both sides of the border may
 become one token that differs from response to response. Of chat records the response is what the whole templated
 conversation holds after the prompt, where that is possible, else the response's text and the template's end of turn.
-Trajectories are never cut: one that does not fit is refused.
+What does not fit is cut: prompts first (`truncation`), then responses on the right. Trajectories are never cut: one that does
+not fit is refused.
 
 Every sequence has one BOS, if the tokenizer uses one, and each response one end: EOS, or the special token with which
 the chat template ends a turn; what a template writes after it (a line feed, mostly) is dropped.
@@ -24,6 +25,7 @@ from pipeline.config import ConfigError, DataConfig
 from pipeline.records import Dialogue, Message, Record, Trajectories, Trajectory, Unpaired, said
 from pipeline.steps import dialogue, last_tokens, plain
 from pipeline.tokens import Encoder
+from pipeline.truncation import Cutter
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,42 +86,46 @@ class Renderer:
         Generation passes the most tokens that it will add. Raises ValueError if nothing fits, or there is no token.
         """
         prompt = prompt if isinstance(prompt, str) else Dialogue.of(prompt)
-        return self._cut_prompt(self._begun(self.encoder.encode(self._prompt_text(prompt))), prompt, room)
+        return self._cutter.cut(prompt, self._written(prompt), [room])[1]
 
     def __call__(self, record: Record) -> Rendered:
         """Tokens of a record, truncated. Raises ValueError with a short reason if it cannot be trained on."""
         if isinstance(record, Trajectories):
             return self._trajectories(record)
-        chat = not isinstance(record.prompt, str)
-        prompt_text = self._prompt_text(record.prompt)
-        if chat:
-            own = self.encoder.encode(prompt_text)
-            parts = [self.chat.answer(record.prompt, prompt_text, response) for response in record.ranked]
-            context = self.encoder.context(prompt_text, own)
-            bodies = [self.encoder.after(*context, part).ids for part in parts]
-        else:
-            parts = [said(response) for response in record.ranked]
-            own, bodies = self.encoder.sequence(prompt_text, parts)
-        responses = [self._ended(body, chat) for body in bodies]
-        whole = self._begun(own)
-        prompt = self._cut_prompt(whole, record.prompt, max(map(len, responses)))
+        text, whole, responses = self._answered(record.prompt, record.ranked)
+        kept, prompt = self._cutter.cut(record.prompt, whole, [len(response) for response in responses])
+        if kept is not record.prompt:  # the template may write an answer otherwise behind fewer turns
+            _, prompt, responses = self._answered(kept, record.ranked)
         room = self.data.max_length - len(prompt)
         cut = [response[:room] for response in responses]
         responses_cut = sum(len(response) > room for response in responses)
         if len(set(map(tuple, cut))) < len(cut):
             raise ValueError(f"responses are equal after {'truncation' if responses_cut else 'tokenisation'}")
-        text, lost = prompt_text + parts[0], len(whole) - len(prompt)
+        lost = len(whole) - len(prompt)
         return Rendered(prompt, cut, lost, responses_cut, text, token_rewards=_label(record, cut))
 
+    def _answered(
+        self, prompt: str | Dialogue, answers: Sequence[str | Message]
+    ) -> tuple[str, list[int], list[list[int]]]:
+        """Text of a prompt and its first answer; tokens of the prompt, [P], and of each answer, K × [R_k]; nothing is cut."""
+        text, chat = self._prompt_text(prompt), not isinstance(prompt, str)
+        if chat:
+            own = self.encoder.encode(text)
+            parts = [self.chat.answer(prompt, text, answer) for answer in answers]
+            context = self.encoder.context(text, own)
+            bodies = [self.encoder.after(*context, part).ids for part in parts]
+        else:
+            parts = [said(answer) for answer in answers]
+            own, bodies = self.encoder.sequence(text, parts)
+        return text + parts[0], self._begun(own), [self._ended(body, chat) for body in bodies]
+
     def _trajectories(self, record: Trajectories) -> Rendered:
-        prompt_text = self._prompt_text(record.prompt)
-        own = self.encoder.encode(prompt_text)
         ways = record.best_first
-        rollouts = [self._rollout(record.prompt, prompt_text, own, way) for way in ways]
-        longest = max(len(rollout.ids) for rollout in rollouts)
-        whole = self._begun(own)
-        prompt = self._cut_prompt(whole, record.prompt, longest)
-        if len(prompt) + longest > self.data.max_length:  # cut on the right, a reward would lose its place
+        text, whole, rollouts = self._rolled_out(record.prompt, ways)
+        kept, prompt = self._cutter.cut(record.prompt, whole, [len(rollout.ids) for rollout in rollouts], whole=True)
+        if kept is not record.prompt:
+            _, prompt, rollouts = self._rolled_out(kept, ways)
+        if len(prompt) + max(len(rollout.ids) for rollout in rollouts) > self.data.max_length:
             raise ValueError("a trajectory does not fit max_length")
         logged = [way.behaviour_logprob for way in ways]
         authored = not all(all(rollout.trained) for rollout in rollouts)
@@ -128,12 +134,19 @@ class Renderer:
             response_ids=[rollout.ids for rollout in rollouts],
             prompt_tokens_cut=len(whole) - len(prompt),
             responses_cut=0,
-            text=prompt_text + rollouts[0].text,
+            text=text,
             trained=[rollout.trained for rollout in rollouts] if authored else None,
             token_rewards=[rollout.rewards for rollout in rollouts],
             behaviour_logprobs=logged if any(value is not None for value in logged) else None,
             step_ends=[rollout.step_ends for rollout in rollouts],
         )
+
+    def _rolled_out(self, prompt: str | Dialogue, ways: Sequence[Trajectory]) -> tuple[str, list[int], list[_Rollout]]:
+        """Text of a prompt and its first trajectory; tokens of the prompt, [P], and of each trajectory."""
+        text = self._prompt_text(prompt)
+        own = self.encoder.encode(text)
+        rollouts = [self._rollout(prompt, text, own, way) for way in ways]
+        return text + rollouts[0].text, self._begun(own), rollouts
 
     def _rollout(self, prompt: str | Dialogue, text: str, ids: list[int], way: Trajectory) -> _Rollout:
         """One trajectory behind a prompt that is `text` and, as tokens, `ids`."""
@@ -172,6 +185,14 @@ class Renderer:
 
     # --------------------------------------------------------------------------------------------- prompt
 
+    @cached_property
+    def _cutter(self) -> Cutter:
+        return Cutter(self.data, self.encoder, self._written, self.bos)
+
+    def _written(self, prompt: str | Dialogue) -> list[int]:
+        """Tokens of a whole prompt, [P]."""
+        return self._begun(self.encoder.encode(self._prompt_text(prompt)))
+
     def _prompt_text(self, prompt: str | Dialogue) -> str:
         if not isinstance(prompt, str):
             return self.chat.prompt(prompt)
@@ -183,33 +204,6 @@ class Renderer:
         if not ids and self.bos is None:
             raise ValueError("empty prompt: the tokenizer has no BOS token to start from; give a prompt")
         return [self.bos, *ids[own:]] if self.encoder.adds_bos or own or not ids else ids
-
-    def _cut_prompt(self, ids: list[int], prompt: str | Dialogue, room: int) -> list[int]:
-        """Cut from the left behind what has to stay, so that `room` tokens of response fit if that is possible."""
-        limit = self.data.max_prompt_length or self.data.max_length - 1
-        wanted = min(limit, max(self.data.max_length - room, 1))
-        if len(ids) <= wanted:
-            return ids
-        head, tail = self._frame(ids, prompt)
-        kept = max(wanted, min(len(ids), head + tail))
-        if kept > limit:
-            if self.data.max_prompt_length is None:
-                raise ValueError("nothing left of the response within max_length: system text and template fill it")
-            raise ValueError("nothing left of the prompt within max_prompt_length: system text and template fill it")
-        return ids[:head] + ids[len(ids) - (kept - head) :]
-
-    def _frame(self, ids: list[int], prompt: str | Dialogue) -> tuple[int, int]:
-        """How many tokens stay at the beginning, and at the end.
-
-        BOS and the last token; of a chat, what the template writes before the first user's words (the system text
-        above all) and after the last ones (the call for an answer): what prompts of other words have in common with it.
-        """
-        if isinstance(prompt, str):
-            return int(ids[0] == self.bos), 1
-        before = prompt[:1] if prompt[0].role == "system" else prompt[:0]
-        texts = [self._prompt_text(before.followed_by(Message(role="user", content=word))) for word in ("0", "x")]
-        alike = [ids, *(self._begun(self.encoder.encode(text)) for text in texts)]
-        return _shared(alike), max(1, _shared([tokens[::-1] for tokens in alike]))
 
     # ------------------------------------------------------------------------------------------- response
 
@@ -244,10 +238,3 @@ def _label(record: Record, responses: list[list[int]]) -> list[list[float]] | No
     if not isinstance(record, Unpaired):
         return None
     return [[0.0] * (len(response) - 1) + [1.0 if record.label else -1.0] for response in responses]
-
-
-def _shared(sequences: list[list[int]]) -> int:
-    """Length of the longest common prefix."""
-    return next(
-        (i for i, tokens in enumerate(zip(*sequences, strict=False)) if len(set(tokens)) > 1), min(map(len, sequences))
-    )

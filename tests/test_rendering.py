@@ -79,7 +79,7 @@ def test_a_cut_chat_keeps_system_text_and_the_call_for_an_answer():
     assert text.endswith("word <|im_end|>\n<|im_start|>assistant\n")
     assert len(rendered.prompt_ids) == 40 - 2
     squeezed = renderer(Demonstration(prompt=chat("system: be brief", "word " * 60), response="yes " * 60))
-    kept = "<|im_start|>system\nsystem: be brief<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n"
+    kept = "<|im_start|>system\nsystem: be brief<|im_end|>\n<|im_start|>user\n word <|im_end|>\n<|im_start|>assistant\n"
     assert text_of(tokenizer, squeezed.prompt_ids) == kept
     assert squeezed.responses_cut == 1
     assert [text_of(tokenizer, ids) for ids in rendered.response_ids] == ["yes<|im_end|>", "no<|im_end|>"]
@@ -90,10 +90,14 @@ def test_the_prompt_yields_first_then_responses_are_cut_and_counted():
     renderer = Renderer(tokenizer, config(max_length=12))
     record = PreferencePair(prompt="the cat sat on the mat", chosen="q" * 30, rejected="z")
     rendered = renderer(record)
-    assert rendered.prompt_ids == [0, tokenizer(record.prompt)["input_ids"][-1]]
-    assert rendered.response_ids == [tokenizer("q" * 30)["input_ids"][1:11], [*tokenizer("z")["input_ids"][1:], 1]]
+    whole = tokenizer(record.prompt)["input_ids"]
+    assert rendered.prompt_ids == [0, *whole[-5:]]  # half: the response is too long for any more of it to help
+    assert rendered.response_ids == [tokenizer("q" * 30)["input_ids"][1:7], [*tokenizer("z")["input_ids"][1:], 1]]
     assert rendered.responses_cut == 1
-    assert rendered.prompt_tokens_cut == len(tokenizer(record.prompt)["input_ids"]) - 2
+    assert rendered.prompt_tokens_cut == len(whole) - 6
+    rendered = renderer(PreferencePair(prompt=record.prompt, chosen="q" * 8, rejected="z"))
+    assert rendered.prompt_ids == [0, *whole[-2:]]
+    assert rendered.responses_cut == 0
 
 
 def test_max_prompt_length_is_a_bound_of_its_own():

@@ -148,7 +148,7 @@ def test_the_label_of_an_unpaired_response_is_its_last_tokens_reward():
         rendered = Renderer(slow(), config(max_length=8))(Unpaired(prompt="abc", response="cat", label=label))
         assert rendered.token_rewards == [[0.0, 0.0, 0.0, reward]]
         cut = Renderer(slow(), config(max_length=4))(Unpaired(prompt="abc", response="cats", label=label))
-        assert (cut.token_rewards, cut.responses_cut) == ([[0.0, 0.0, reward]], 1)
+        assert (cut.token_rewards, cut.responses_cut) == ([[0.0, reward]], 1)
 
 
 # ---------------------------------------------------------------------------------------------------- dialogues

@@ -84,9 +84,13 @@ class DataConfig(Section):
     eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the training prompts to hold out (by prompt, so that no prompt is on both sides)."""
     max_length: Annotated[int, Field(ge=2)] = 1024
-    """Tokens of prompt + one response. Prompts are cut from the left first; then responses from the right, counted."""
+    """Tokens of prompt + one response. Prompts are cut first, from the left, of dialogues whole turns where that is enough; then
+    responses from the right. All is counted."""
     max_prompt_length: Annotated[int, Field(ge=1)] | None = None
     """A tighter bound on the prompt alone."""
+    min_prompt_length: Annotated[int, Field(ge=1)] | None = None
+    """Tokens of a prompt that stay, however long the responses are; default: a quarter of max_length. For responses that do not fit
+    beside so much a prompt is cut to half of max_length at most."""
     prompt_template: Annotated[str, AfterValidator(_around_prompt)] | None = None
     """Text around plain-text prompts, e.g. "Question: {prompt}\\nAnswer:". Dialogues have their chat template."""
     chat_template: str | None = None
@@ -107,6 +111,10 @@ class DataConfig(Section):
             raise ValueError("sources: set `share` on all sources or on none")
         if self.eval_sources and self.eval_fraction:
             raise ValueError("eval_fraction: remove it, or remove eval_sources (only one can name the held-out rows)")
+        if self.min_prompt_length is not None and self.min_prompt_length >= self.max_length:
+            raise ValueError("min_prompt_length: must be below max_length, or no room is left for a response")
+        if self.min_prompt_length is not None and self.min_prompt_length > (self.max_prompt_length or self.max_length):
+            raise ValueError("min_prompt_length: must not exceed max_prompt_length")
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
             raise ValueError("max_prompt_length: must be below max_length, or no room is left for a response")
         return self
