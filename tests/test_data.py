@@ -254,9 +254,9 @@ def test_unpaired_rows_and_their_mismatched_partners(make_rewarded) -> None:
     texts = [[tiny_tokenizer().decode(ids) for ids in rows[i].response_ids] for i in range(4)]
     # Prompts a, a, bb, abc: the next row of another prompt, in a circle; cut to what fits behind the own prompt.
     assert texts == [
-        ["one<|im_end|>", "three"],
-        ["two<|im_end|>", "three"],
-        ["three", "x<|im_end|>"],
+        ["one<|im_end|>", "thre"],
+        ["two<|im_end|>", "thre"],
+        ["thre", "x<|im_end|>"],
         ["x<|im_end|>", "one"],
     ]
     assert all(rows[i].mismatched for i in range(4))
