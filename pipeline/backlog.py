@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from pipeline.redaction import redact
+
 logger = logging.getLogger(__name__)
 
 
@@ -99,4 +101,4 @@ class Backlog:
 
 def one_line(error: Exception) -> str:
     """An exception's type and text, fit for a message of one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return f"{type(error).__name__}: {redact(' '.join(str(error).split()))[:300]}"

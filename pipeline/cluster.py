@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import ConfigError, Leaving
 from pipeline.forks import ForkServer
 from pipeline.heap import HUGE_PAGES, ONE_HEAP
+from pipeline.redaction import redact
 
 if TYPE_CHECKING:
     from pipeline.config import RunConfig
@@ -83,7 +84,7 @@ def broke_down(error: BaseException) -> str | None:
     exceptions = getattr(sys.modules.get("ray"), "exceptions", None)
     if exceptions is None or not isinstance(error, exceptions.RayError) or isinstance(error, exceptions.RayTaskError):
         return None
-    what = " ".join(str(error).split())[:300]
+    what = redact(" ".join(str(error).split()))[:300]
     return f"a process of Ray's broke down ({type(error).__name__}: {what}); the same command continues from the last checkpoint"
 
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 from fsspec.core import url_to_fs
 
 from pipeline.config import ConfigError, Source, digest
-from pipeline.redaction import without_credentials
+from pipeline.redaction import redact, without_credentials
 
 ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
 TABLES = {".csv", ".tsv", ".xls", ".xlsx"}
@@ -94,7 +94,7 @@ def compression(path: str) -> str | None:
 
 def one_line(error: Exception) -> str:
     """An exception's text, fit for a message of one line."""
-    return " ".join(str(error).split())[:200]
+    return redact(" ".join(str(error).split()))[:200]  # first: of half a secret nobody knows that it is one
 
 
 def _ending(path: str) -> str:

@@ -111,5 +111,8 @@ def _attempt(run: Path, plain: dict[str, Any], draining: Callable[[], str | None
     except Leaving:
         raise  # told already
     except Exception as error:
-        tell(run, f"a worker failed, starting again: {type(error).__name__}: {' '.join(str(error).split())[:500]}")
+        tell(
+            run,
+            f"a worker failed, starting again: {type(error).__name__}: {redact(' '.join(str(error).split()))[:500]}",
+        )
         raise

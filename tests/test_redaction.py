@@ -17,6 +17,7 @@ import yaml
 from markupsafe import Markup
 
 from pipeline.durable import write_json
+from pipeline.files import one_line
 from pipeline.redaction import HIDDEN, MissingSecret, redact, redacted, sealed, unsealed, urls_without_credentials
 from pipeline.terminal import RedactingFormatter, guarded, leaving_without_secrets
 from tune.table import Table, Trial
@@ -257,3 +258,9 @@ def test_small_files_of_ours_hold_no_secret(tmp_path: Path, monkeypatch: pytest.
     assert again.label == "prompt_template=***"
     table.write_summary("eval/loss", False)
     assert "/örd" not in "".join(file.read_text(encoding="utf-8") for file in tmp_path.iterdir())
+
+
+def test_a_message_that_is_cut_ends_with_no_part_of_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_SECRET", "swordfish-" * 5)
+    error = OSError("x" * 180 + "swordfish-" * 5)
+    assert one_line(error) == "x" * 180 + HIDDEN

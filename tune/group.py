@@ -164,4 +164,4 @@ def _outcome(reference: Any) -> Outcome:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())[:500]
+    return redact(" ".join(text.split()))[:500]

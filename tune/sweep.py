@@ -120,6 +120,7 @@ def _in_process(sweep: Sweep, recorder: Recorder) -> None:
     import json
 
     from pipeline.fencing import Superseded
+    from pipeline.redaction import redact
     from tune.group import attempt
     from tune.plan import JOB_FILE
 
@@ -136,7 +137,9 @@ def _in_process(sweep: Sweep, recorder: Recorder) -> None:
         except Leaving:
             raise
         except Exception as error:
-            recorder.ended(trial.number, "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")
+            recorder.ended(
+                trial.number, "failed", f"{type(error).__name__}: {redact(' '.join(str(error).split()))[:500]}"
+            )
         else:
             recorder.ended(trial.number, outcome.state, outcome.reason)
 

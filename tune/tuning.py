@@ -15,6 +15,7 @@ from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from pipeline.fencing import Superseded
 from pipeline.progress import METRICS_FILE, read_metrics
+from pipeline.redaction import redact
 from tune.plan import JOB_FILE, Sweep
 from tune.record import Recorder
 from tune.table import Trial
@@ -135,7 +136,7 @@ class Events(_NotKept, ray.tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         error = " ".join(str(trial.get_pickled_error()).split())
-        self._recorder.ended(_number(trial), "failed", f"its actor broke down: {error[-300:]}")
+        self._recorder.ended(_number(trial), "failed", f"its actor broke down: {redact(error)[-300:]}")
 
 
 # ----------------------------------------------------------------------------------------------- early stopping
