@@ -23,7 +23,9 @@ from os.path import commonprefix
 from pipeline.chat import Chat, joined
 from pipeline.records import Dialogue, Message, Step, Trajectory
 
-REWRITTEN = "the chat template rewrites earlier turns: no token of a trajectory would keep its place"
+REWRITTEN = (
+    "the chat template rewrites earlier turns, so that a trajectory would lose its places: make each answer a record"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -214,7 +214,7 @@ def test_templates_that_rewrite_earlier_turns_are_refused():
     forgetful = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content.split('</think>')[-1] }}")
     tokenizer = byte_level(forgetful)
     steps = [said("it is</think>Yes"), tool("ok"), said("Bye")]
-    with pytest.raises(ValueError, match=r"^the chat template rewrites earlier turns: "):
+    with pytest.raises(ValueError, match=r"^the chat template rewrites earlier turns"):
         render(tokenizer, steps, prompt=chat("hi"))
     assert stretches(tokenizer, render(tokenizer, [said("Yes"), *steps[1:]], prompt=chat("hi")))[0] == (
         True,
