@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.model import Policy
 from pipeline.pretrained import load_causal_lm, load_scorer
 from pipeline.reward import RewardNetwork
-from pipeline.rows import Rows, is_finished
+from pipeline.rows import Rows, StaleCache
 
 PROMPT, RESPONSE = 32, 16
 """Tokens of a row that are read, at most: what a check costs grows with them."""
@@ -35,8 +35,11 @@ def probe_rows(config: RunConfig, rows: Path | None, vocabulary: int, pad: int |
 
     pad: a token that no response ends with, as a classifier of transformers would look past it.
     """
-    if rows is not None and is_finished(rows):
-        prepared = Rows(rows)
+    try:
+        prepared = None if rows is None else Rows(rows)
+    except StaleCache:  # not there, or not whole
+        prepared = None
+    if prepared is not None:
         given = [prepared[i] for i in sorted({0, len(prepared) // 2})]
     else:
         draw = torch.Generator().manual_seed(0)

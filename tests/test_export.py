@@ -197,6 +197,9 @@ def test_the_rows_of_the_run_are_what_is_compared(make_config, tmp_path: Path) -
         for r, o in zip(a.response_ids, own[i].response_ids, strict=True)
     )
     assert max(row.tokens for row in rows) <= export_check.PROMPT + 2 * export_check.RESPONSE
+    (prepared.rows / "manifest.json").unlink()
+    by_chance = export_check.probe_rows(config, None, 259, None)
+    assert export_check.probe_rows(config, prepared.rows, 259, None) == by_chance
     assert [row.tokens > 2 for row in export_check.probe_rows(config, None, 259, None)] == [True, True]
 
 
