@@ -98,9 +98,11 @@ HEAD_SECONDS = 10.0
 
 def _watch_head(address: str) -> None:
     """Tell of a head that is gone: Ray ends this process a minute later, without a word."""
+    import ray
+
     host, _, port = address.rpartition(":")
     since = None
-    while True:
+    while ray.is_initialized():
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
             since = None
