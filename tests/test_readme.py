@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -12,8 +13,12 @@ from inspect import signature
 from pathlib import Path
 
 import pytest
+import yaml
 
 from jobs.cli import main
+from pipeline.driver import fit
+from pipeline.layouts import parse
+from pipeline.sources import plan, read
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -68,6 +73,58 @@ def test_every_job_command_runs(
         "written",
     ):
         assert part in told, part
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_objective_example_trains_as_printed(qalign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pasted into a module of one's own, and named by dotted path."""
+    (example,) = [block for block in python_blocks() if "(Objective)" in block]
+    (tmp_path / "readme_objective.py").write_text(example)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
+    status, told, errors = qalign(
+        "train", "objective={name: 'readme_objective:MyObjective', beta: 0.3}", "train.max_steps=1"
+    )
+    assert status == 0, errors
+    (metrics,) = (tmp_path / "outputs" / "runs").glob("*/metrics.jsonl")
+    first = json.loads(metrics.read_text().splitlines()[0])
+    assert first["loss"] == first["loss/hinge"] == pytest.approx(1.0, abs=1e-5)  # equal policies: max(0, 1 − 0)
+
+
+def test_the_reward_model_example_scores_as_printed(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    export = fit(make_config("objective={name: reward_model}", "train.max_steps=2"), local=True).export
+    (example,) = [block for block in python_blocks() if "AutoModelForSequenceClassification" in block]
+    found: dict[str, object] = {}
+    exec(example.replace("outputs/runs/…/export", str(export)), found)  # noqa: S102 – the README's own words
+    assert found["scores"].shape == (1,) and found["scores"].isfinite().all()
+
+
+def test_the_trajectory_example_is_read_as_printed(make_config, tmp_path: Path) -> None:
+    (example,) = [
+        block for block in re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL) if "solutions.jsonl" in block
+    ]
+    record = {
+        "question": "9 × 8?",
+        "truth": "… #### 72",
+        "model_a": {"solution": "9 × 8 is\n72\n#### 72", "is_correct": True},
+        "model_b": {"solution": "9 × 8 is\n71\n#### 71"},
+    }
+    (tmp_path / "solutions.jsonl").write_text(json.dumps(record) + "\n")
+    data = yaml.safe_load(example)["data"]
+    (source,) = data["sources"]
+    source["path"] = str(tmp_path / "solutions.jsonl")
+    config = make_config(f"data={json.dumps(data)}", "objective={name: dqo}")
+    (chunk,) = plan(config.data.sources, tmp_path).chunks
+    (raw,) = read(chunk)
+    found = parse(raw.content(), "trajectory")
+    assert [way.reward for way in found.best_first] == [1.0, 0.0]
+    assert [[step.text for step in way.steps] for way in found.best_first] == [
+        ["9 × 8 is\n", "72\n", "#### 72"],
+        ["9 × 8 is\n", "71\n", "#### 71"],
+    ]
 
 
 def test_the_file_tree_names_every_module() -> None:

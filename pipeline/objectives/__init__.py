@@ -55,4 +55,10 @@ def resolve(name: str) -> type[Objective]:
         raise ValueError(f"name: {name!r} is not a subclass of pipeline.contracts.Objective")
     if not hasattr(found, "needs"):
         raise ValueError(f"name: {name!r} has no `needs`; add `needs: ClassVar[Needs] = Needs(records=…, reference=…)`")
+    if absent := [method for method in _METHODS if getattr(found, method) is getattr(Objective, method)]:
+        raise ValueError(f"name: {name!r} does not define {', '.join(absent)}; see `pipeline.contracts.Objective`")
     return found
+
+
+_METHODS = ("weight", "__call__", "token_reward")
+"""What each objective has to define."""

@@ -70,6 +70,15 @@ class Hinge(Objective):
         return out.logprobs - batch.ref_logprobs
 
 
+class Unfinished(Objective):
+    """Lacks what the pipeline divides by, and the credit of tokens."""
+
+    needs: ClassVar[Needs] = Needs(records=frozenset({"preference"}))
+
+    def __call__(self, out: PolicyOut, batch: Batch) -> LossOut:
+        return LossOut({})
+
+
 def _plain(name: str, **parameters: object) -> dict:
     return {
         "data": {"kind": "preference", "sources": [{"path": "pairs.jsonl"}]},
@@ -103,6 +112,7 @@ def test_own_objective_needs_one_class_and_one_registry_line(monkeypatch):
         ("dpoo", f"none of {', '.join(OBJECTIVES)}, nor a dotted path"),
         ("no_such_module:Thing", "cannot load"),
         (f"{__name__}:Missing", "cannot load"),
+        (f"{__name__}:Unfinished", "does not define weight, token_reward; see `pipeline.contracts.Objective`"),
         ("torch.nn:Linear", "not a subclass"),
         ("collections:OrderedDict", "is not installed"),
     ],
