@@ -18,7 +18,7 @@ import numpy as np
 from pipeline import estimate, order
 from pipeline.data import CHUNK_BYTES
 from pipeline.estimate import Machine, Network, RowSize
-from pipeline.reference import MOST_PIECES, PIECE_TOKENS
+from pipeline.reference_pieces import MOST_PIECES, PIECE_TOKENS
 from pipeline.sources import MOST_CHUNKS
 
 FILE = Path(__file__).parents[1] / "docs" / "scaling.md"

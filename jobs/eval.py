@@ -68,7 +68,7 @@ def evaluation_of(config: RunConfig, local: bool, sample: bool = False) -> tuple
     from pipeline.report import write_evaluation_report
 
     check(config)
-    prepared = driver.prepare(config, local, work="scores")
+    prepared = driver.prepare(config, local, work="held_out")
     named = config.checkpoint_from is not None
     own, identity = (driver.run_of if named else driver.trained_run)(config, prepared)
     study = open_study(config, prepared, own, local, sample)

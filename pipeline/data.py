@@ -296,7 +296,7 @@ def _write(config: RunConfig, chunks: list[Chunk], folder: Path, model: str, loc
                 shutil.copyfileobj(stream, whole)
     found = summarise(results)
     assert found.records == sum(chunk.records for chunk in chunks), "a record is unaccounted for"
-    finish(folder, len(chunks), {"summary": asdict(found)})
+    finish(folder, range(len(chunks)), {"summary": asdict(found)})
 
 
 def summarise(chunks: list[dict[str, Any]]) -> Summary:

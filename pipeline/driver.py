@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,7 +26,7 @@ from pipeline.order import Plan
 from pipeline.pretrained import settled
 from pipeline.progress import METRICS_FILE, Monitor, read_metrics
 from pipeline.ray_train import train_on_ray
-from pipeline.reference_cost import states_folder
+from pipeline.reference_cost import keeps_states
 from pipeline.rows import Rows
 from pipeline.thinker import latent_identity
 from pipeline.tracking import Tracker, start
@@ -42,6 +43,7 @@ class Prepared:
     rows: Path
     reference: Path | None  # its log-probs of the rows, where the objective asks for them
     states: Path | None = None  # its hidden states, where an exact KL is asked for and reading them is cheaper
+    scoring: reference.Scoring | None = None  # what makes the two
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +62,13 @@ def prepare(
     config: RunConfig,
     local: bool = False,
     train: bool = False,
-    work: Literal["all", "scores", "rows", "names"] = "all",
+    work: Literal["run", "held_out", "all", "later", "rows", "names"] = "run",
 ) -> Prepared:
     """Weights located, rows tokenised, reference scored; all cached.
 
-    train: begin to start Ray Train meanwhile. work: how much of that is done: `scores` leaves out the reference's hidden states,
-    `rows` its log-probs, too, and `names` tells only where everything is or would be.
+    train: begin to start Ray Train meanwhile. work: how much of that is done: the reference scores the rows that this `run` reads, those
+    `held_out` (all, where there are none), `all`, or none yet (`later`: `Prepared.scoring` does it); `rows` are tokenised and never
+    scored, and `names` tells only where everything is or would be.
     """
     preflight.check(config, local)
     cache, trust = Path(config.storage) / "cache", config.model.trust_remote_code
@@ -85,11 +88,17 @@ def prepare(
     asked = needs.reference != "none"
     rows = data.folder_of(config, model) if work == "names" else data.prepare(config, model, local)
     if work in ("rows", "names"):
-        return Prepared(model, frozen, rows, reference.folder_of(config, rows, frozen, "reference") if asked else None)
+        return Prepared(model, frozen, rows, reference.folder_of(config, rows, frozen) if asked else None)
     preflight.check_rows(config, rows)
-    states = states_folder(config, rows, frozen, local) if needs.kl != "none" and work == "all" else None
-    scored = reference.score(config, rows, frozen, local, states) if asked or states else None
-    return Prepared(model, frozen, rows, scored if asked else None, states)
+    states = needs.kl != "none" and work != "held_out" and keeps_states(config, rows, frozen, local)
+    if not asked and not states:
+        return Prepared(model, frozen, rows, None)
+    scoring = reference.Scoring(config, rows, frozen, local, states)
+    if work != "later":
+        pieces = scoring.pieces
+        every = list(range(len(pieces)))
+        scoring.run({"run": pieces.of_the_run, "held_out": pieces.held_out or every, "all": every}[work])
+    return Prepared(model, frozen, rows, scoring.folder if asked else None, scoring.states, scoring)
 
 
 def fit(config: RunConfig, local: bool = False, report: Callable[[Result, Tracker], None] | None = None) -> Result:
@@ -99,7 +108,7 @@ def fit(config: RunConfig, local: bool = False, report: Callable[[Result, Tracke
     Raises ConfigError, data.DataError, loop.Diverged: one line each; Leaving where SIGTERM ended a run without Ray.
     """
     config = settled(config)
-    prepared = prepare(config, local, train=True)
+    prepared = prepare(config, local, train=True, work="later")
     run, identity = open_run(config, prepared)
     tracker = start(config, run, identity)
     mend_export(str(run), Path(config.storage) / "cache", "storage", config.model.trust_remote_code)
@@ -166,7 +175,7 @@ def run_of(config: RunConfig, prepared: Prepared) -> tuple[Path, str]:
     identity = digest(
         1,
         prepared.rows.name,
-        prepared.reference.name if prepared.reference else None,
+        prepared.reference.parent.name if prepared.reference else None,
         [source.share for source in config.data.sources],
         len(config.data.sources),
         config.data.eval_fraction,
@@ -219,7 +228,7 @@ def _log_data(tracker: Tracker, rows: Path, left_out: int) -> None:
 
 def _train(config: RunConfig, prepared: Prepared, run: Path, tracker: Tracker, local: bool) -> None:
     job = job_for(config, prepared, run)
-    rows = Rows(prepared.rows, prepared.reference)
+    rows = Rows(prepared.rows)
     split = rows.split(config.data, config.seed)
     if split.left_out:
         logger.warning(
@@ -242,8 +251,9 @@ def _train(config: RunConfig, prepared: Prepared, run: Path, tracker: Tracker, l
             gauges.step(step, metrics)
 
     tick = (lambda: None) if gauges is None else gauges.tick
-    with Lease(run), Monitor(run, plan.total_steps, told, introduce, tick):
+    scoring = nullcontext(None) if prepared.scoring is None else prepared.scoring.while_training()
+    with scoring as score, Lease(run), Monitor(run, plan.total_steps, told, introduce, tick):
         if local:
-            train_worker(job.plain())
+            train_worker(job.plain(), score=score)
         else:
             train_on_ray(job)

@@ -36,6 +36,7 @@ from pipeline.order import Plan, costs_of, micro_batches
 from pipeline.patience import patiently
 from pipeline.progress import LOG_FILE, METRICS_FILE, MetricsFile, log_to, tell
 from pipeline.redaction import urls_without_credentials
+from pipeline.reference import REFUSED
 from pipeline.rows import Rows, Split
 from pipeline.run_log import RunLog, last_start
 from pipeline.saver import Saver
@@ -144,12 +145,16 @@ class Job:
 
 
 def train_worker(
-    plain: dict[str, Any], stop: Callable[[], bool] | None = None, draining: Callable[[], str | None] | None = None
+    plain: dict[str, Any],
+    stop: Callable[[], bool] | None = None,
+    draining: Callable[[], str | None] | None = None,
+    score: Callable[[np.ndarray], None] | None = None,
 ) -> None:
     """Train to the end from the newest checkpoint (or from the start). Runs on every rank.
 
     `stop` is asked on rank 0 after each step: where it says so, all ranks return there, with no checkpoint of that step.
-    `draining` is asked on all ranks: see `notice`. Raises `Diverged` on a non-finite loss, `fencing.Superseded` when a newer
+    `draining` is asked on all ranks: see `notice`. `score` scores rows with the reference whose turn has come; default: wait for
+    those who do. Raises `Diverged` on a non-finite loss, `fencing.Superseded` when a newer
     attempt has taken over the run, `patience.StorageFailed` when the storage is full or out of reach for too long, and
     `Leaving` when this worker was told to end.
     """
@@ -165,7 +170,7 @@ def train_worker(
         together = group.WORLD.get_group_store().clone() if timeout and dist.get_world_size() > 1 else None
         watchdog = Watchdog(timeout, f"rank {rank}", job.run / LOG_FILE, job.run / f"stacks-{rank}.txt", together)
         beat = stack.enter_context(watchdog).beat
-        _train(job, device, stop, stack.enter_context(Notice(device, draining)), events, beat)
+        _train(job, device, stop, stack.enter_context(Notice(device, draining)), events, beat, score)
 
 
 def _train(
@@ -175,9 +180,10 @@ def _train(
     notice: Notice,
     events: RunLog,
     beat: Callable[[], None],
+    score: Callable[[np.ndarray], None] | None,
 ) -> None:
     config, rank = job.config, dist.get_rank()
-    rows = Rows(job.rows, job.reference, job.states)
+    rows = Rows(job.rows, job.reference, job.states, growing=True)
     split = rows.split(config.data, config.seed)
     plan = Plan(config, rows.lengths[split.train])
     saver = Saver.begin(job.run, config.checkpoint, beat)
@@ -193,6 +199,8 @@ def _train(
         with _closed(learner), saver:
             for step in range(saver.step, plan.total_steps):
                 saver.poll()
+                due = [split.train[plan.positions(step)], *([split.eval] if plan.evaluates_after(step) else [])]
+                _await_reference(job, rows, np.concatenate(due), score, beat)
                 metrics = _step(job, learner, rows, split, plan, step, watch)
                 watch.note(metrics)
                 if log is not None:
@@ -211,6 +219,25 @@ def _train(
     finally:
         if log is not None:
             log.close()
+
+
+def _await_reference(
+    job: Job,
+    rows: Rows,
+    positions: np.ndarray,
+    score: Callable[[np.ndarray], None] | None,
+    beat: Callable[[], None],
+) -> None:
+    """Return once the reference has scored these rows: by `score`, or by whoever does so beside training."""
+    while len(unscored := rows.unscored(positions)):
+        beat()
+        if score is not None:
+            score(unscored)
+            continue
+        folder = job.reference or job.states
+        if folder is not None and (folder / REFUSED).is_file():
+            raise UserError(f"reference: {(folder / REFUSED).read_text()}")
+        time.sleep(0.2)
 
 
 @contextmanager

@@ -49,6 +49,13 @@ class Steps(Sequence[np.ndarray]):
         start = int(self._steps[number]) * self._size
         return self._rows[start : start + self._size]
 
+    def flat(self) -> tuple[np.ndarray, np.ndarray]:
+        """All rows, step by step, and where each step ends among them. [rows], [steps]"""
+        starts = self._steps.astype(np.int64) * self._size
+        sizes = np.minimum(self._size, len(self._rows) - starts)
+        ends = np.cumsum(sizes)
+        return self._rows[np.repeat(starts - (ends - sizes), sizes) + np.arange(len(self._rows))], ends
+
     @property
     def nbytes(self) -> int:
         """Memory that it holds."""
@@ -96,7 +103,7 @@ class Plan:
     """The steps of a whole run, as a function of lengths, seed and epoch alone."""
 
     def __init__(self, config: RunConfig, lengths: np.ndarray) -> None:
-        self._lengths, self._seed, self._train = lengths, config.seed, config.train
+        self.lengths, self._seed, self._train = lengths, config.seed, config.train
         self._epoch: tuple[int, Sequence[np.ndarray]] = (-1, [])
         self.steps_per_epoch = steps_per_epoch(len(lengths), config.train.rows_per_step)
         self.total_steps = config.train.epochs * self.steps_per_epoch
@@ -107,13 +114,21 @@ class Plan:
         """Rows of a step (counted from 0), as positions in `lengths`."""
         epoch, within = divmod(step, self.steps_per_epoch)
         if self._epoch[0] != epoch:
-            self._epoch = (epoch, step_rows(self._lengths, self._seed, epoch, self._train.rows_per_step))
+            self._epoch = (epoch, step_rows(self.lengths, self._seed, epoch, self._train.rows_per_step))
         return self._epoch[1][within]
 
     def evaluates_after(self, step: int) -> bool:
         """Every `eval_every` steps (default: epochs), and at the end."""
-        every = self._train.eval_every or self.steps_per_epoch
-        return (step + 1) % every == 0 or step + 1 == self.total_steps
+        return (step + 1) % self._evaluates_every == 0 or step + 1 == self.total_steps
+
+    @property
+    def first_evaluation(self) -> int:
+        """The step after which held-out rows are read for the first time."""
+        return min(self._evaluates_every, self.total_steps) - 1
+
+    @property
+    def _evaluates_every(self) -> int:
+        return self._train.eval_every or self.steps_per_epoch
 
 
 def micro_batches(

@@ -1,15 +1,19 @@
-"""What the frozen reference says of prepared rows, computed once on the whole cluster: per-token log-probabilities, and where
-an objective asks for the exact KL and it is cheaper (`reference_cost`), the last hidden states.
+"""What the frozen reference says of prepared rows, computed once: per-token log-probabilities, and where an objective asks for the
+exact KL and it is cheaper (`reference_cost`), the last hidden states.
 
-Rows are sorted by length and cut into pieces of equal cost; an actor holds the reference and writes one part per
-piece. The folder's name hashes the rows, the weights and the precision, so a stale cache is never found; an unfinished
-one is refused by `rows.Rows` and continued here.
+Rows are scored piece by piece (`reference_pieces`) in the order in which training reads them, and no piece that a run does not
+read: before training, beside it on what else the cluster has, or in one process each piece before its turn. An actor holds
+the reference and writes one part per piece. The folder's name hashes the rows, the weights and the precision, so a stale cache
+is never found; within it each order of the rows has a folder of its own, and one that holds all rows serves every order.
 """
 
 from __future__ import annotations
 
-import shutil
-from itertools import pairwise
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,48 +21,54 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.arrow_files import ExtensionType, read_ipc
 from pipeline.collate import collate
 from pipeline.config import ModelConfig, RunConfig, digest
 from pipeline.contracts import REFERENCE_SCHEMA, STATES_SCHEMA
+from pipeline.durable import write_json
 from pipeline.model import Policy, load_policy
 from pipeline.model_files import fingerprint
-from pipeline.order import micro_batches, position_type
+from pipeline.order import micro_batches
 from pipeline.pretrained import load_config, settled
-from pipeline.rows import MANIFEST, Rows, finish, is_finished, part_of, write_part
-from pipeline.stage import Item, Resources, run_stage
+from pipeline.reference_pieces import Pieces, order_of
+from pipeline.rows import FORM, MANIFEST, Rows, finish, is_finished, manifest, part_of, whole_parts, write_part
+from pipeline.stage import Item, Resources, left_beside, run_stage
 from pipeline.trunk import pads
 
-PIECE_TOKENS = 32768
-"""Tokens of one piece: seconds of work for an actor, so that none waits long for the last one."""
-MOST_PIECES = 2**14
-"""Pieces at most: each is a task of Ray's and a file that every worker maps (Linux allows 65,530 maps a process)."""
+logger = logging.getLogger(__name__)
+
+REFUSED = "refused.txt"
+"""In a folder whose rows could not be scored: why. Workers that wait for them end with it."""
 
 
 class ScoreRows:
-    """The actor: a range of the rows, longest first → one part of reference log-probs, and one of hidden states where there is a folder for them."""
+    """The actor: a piece of the rows → one part of reference log-probs, and one of hidden states where there is a folder for them."""
 
     def __init__(
-        self, folder: str, states: str | None, rows: str, model: str, config: dict[str, Any], budget: int, gpu: bool
+        self,
+        folder: str | None,
+        states: str | None,
+        rows: str,
+        model: str,
+        config: dict[str, Any],
+        budget: int,
+        gpu: bool,
     ) -> None:
-        self.folder, self.states = Path(folder), Path(states) if states else None
+        self.folder, self.states = (Path(path) if path else None for path in (folder, states))
         self.rows, self.budget = Rows(Path(rows)), budget
         settings = ModelConfig.model_validate(config).model_copy(
             update={"lora": None, "activation_checkpointing": False}
         )
-        self.longest_first = _longest_first(self.rows.lengths)
         self.device = torch.device("cuda" if gpu else "cpu")
         self.policy: Policy = load_policy(settings, model, keep_states=states is not None).to(self.device).eval()
 
     def __call__(self, item: Item) -> Item:
-        folders = [folder for folder in (self.folder, self.states) if folder is not None]
-        missing = [folder for folder in folders if not is_whole(part_of(folder, item["number"]))]
-        if missing:
-            positions = self.longest_first[item["first"] : item["stop"]].tolist()
-            for folder, table in zip(folders, self.tables(positions), strict=True):
-                if folder in missing:
+        folders = [self.folder, *([self.states] if self.states else [])]
+        missing = [folder is not None and not part_of(folder, item["number"]).is_file() for folder in folders]
+        if any(missing):
+            for folder, table, lacks_it in zip(folders, self.tables(item["positions"]), missing, strict=True):
+                if lacks_it:
                     write_part(folder, item["number"], table)
-        return {"rows": item["stop"] - item["first"]}
+        return {"number": item["number"]}
 
     @torch.inference_mode()
     def tables(self, positions: list[int]) -> list[pa.Table]:
@@ -87,17 +97,8 @@ def _bytes(states: torch.Tensor) -> bytes:
     return states.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def is_whole(part: Path) -> bool:
-    """Whether an earlier, interrupted call wrote this part in full."""
-    try:
-        read_ipc(part).validate(full=True)
-    except (OSError, pa.ArrowInvalid, ExtensionType):
-        return False
-    return True
-
-
-def folder_of(config: RunConfig, rows_folder: Path, model: str, kind: str) -> Path:
-    """Where what `model` says of these rows is, or will be."""
+def cache_of(config: RunConfig, rows_folder: Path, model: str, kind: str) -> Path:
+    """The cache of what `model` says of these rows, in whatever order: its name is part of a run's identity."""
     cache = Path(config.storage) / "cache"
     own = settled(config).model
     # A change of what some precision computes changes its number.
@@ -106,43 +107,179 @@ def folder_of(config: RunConfig, rows_folder: Path, model: str, kind: str) -> Pa
     return cache / f"{kind}-{key}"
 
 
-def score(config: RunConfig, rows_folder: Path, model: str, local: bool = False, states: Path | None = None) -> Path:
-    """Reference log-probs of all rows under the weights at `model`; returns their finished folder.
+def folder_of(config: RunConfig, rows_folder: Path, model: str) -> Path:
+    """Where the log-probs of this order of the rows are, or would be."""
+    return cache_of(config, rows_folder, model, "reference") / order_of(config)
 
-    states: write the hidden states, too, from the same forward, into this folder.
+
+def score(config: RunConfig, rows_folder: Path, model: str, local: bool = False, states: bool = False) -> Path:
+    """Reference log-probs of all rows that a run reads, under the weights at `model`; returns their finished folder.
+
+    states: write the hidden states, too, from the same forward.
     """
-    folder = folder_of(config, rows_folder, model, "reference")
-    folders = [folder, *([states] if states else [])]
-    if all(map(is_finished, folders)):
-        return folder
-    for one in folders:
-        if (one / MANIFEST).is_file() and not is_finished(one):  # it is damaged: no part of it can be trusted
-            shutil.rmtree(one)
-        one.mkdir(parents=True, exist_ok=True)
-    pieces = _pieces(Rows(rows_folder).lengths)
-    items = [{"number": i, "first": first, "stop": stop} for i, (first, stop) in enumerate(pieces)]
-    arguments = actor_arguments(config, rows_folder, model, folder, states)
-    label, resources = "reference", actor_resources(config)
-    done = run_stage(ScoreRows, arguments, items, label=label, resources=resources, local=local, unit="piece")
-    meta = {
-        "rows": sum(item["rows"] for item in done),
-        "model": model,
-        "dtype": settled(config).model.dtype,
-    }
-    width = load_config(model, config.model.trust_remote_code).get_text_config().hidden_size
-    for one in folders:
-        if not is_finished(one):
-            finish(one, len(pieces), meta | ({"width": width} if one == states else {}))
-    Rows(rows_folder, folder, states)  # refuses missing rows
-    return folder
+    scoring = Scoring(config, rows_folder, model, local, states)
+    scoring.run(scoring.pieces.of_the_run)
+    return scoring.folder
+
+
+class Scoring:
+    """The reference's part in one run: the pieces of its rows, which of them are missing, and three ways to make them.
+
+    `folder` is where log-probs are, or will be, and `states` where hidden states are.
+    """
+
+    def __init__(
+        self, config: RunConfig, rows_folder: Path, model: str, local: bool = False, states: bool = False
+    ) -> None:
+        self.config, self.model, self.local, self._rows = config, model, local, rows_folder
+        self.pieces = Pieces.of(config, Rows(rows_folder))
+        self.folder = self._place("reference")
+        self.states = self._place("states") if states else None
+        self._missing: set[int] | None = None  # None: nobody has looked yet
+
+    def _place(self, kind: str) -> Path:
+        """This order's own folder where it was begun, else one that holds all rows, else its own."""
+        cache = cache_of(self.config, self._rows, self.model, kind)
+        own = cache / order_of(self.config)
+        if not own.is_dir():
+            for other in sorted(cache.glob(f"*/{MANIFEST}")):
+                if is_finished(other.parent) and manifest(other.parent)["rows"] == len(self.pieces.numbers):
+                    return other.parent
+        return own
+
+    @property
+    def _folders(self) -> list[Path]:
+        return [folder for folder in (self.folder, self.states) if folder is not None]
+
+    @property
+    def _own(self) -> list[Path]:
+        """Folders that this order adds to; another's holds all rows already."""
+        return [folder for folder in self._folders if folder.name == order_of(self.config)]
+
+    def missing(self, numbers: Sequence[int]) -> list[int]:
+        """Those of these pieces that are not there; parts that are damaged are removed, and count as such."""
+        if self._missing is None:
+            self._missing = set()
+            for folder in self._own:
+                whole = whole_parts(folder)
+                for number in set(range(len(self.pieces))) - whole:
+                    part_of(folder, number).unlink(missing_ok=True)
+                    self._missing.add(number)
+        return [number for number in numbers if number in self._missing]
+
+    def run(
+        self, numbers: Sequence[int], resources: Resources | None = None, ended: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Make what is missing of these pieces, in their order, and declare complete what is there."""
+        if missing := self.missing(numbers):
+            self._make(missing, resources or actor_resources(self.config), ended)
+        self._finish()
+
+    def for_reading(self, positions: np.ndarray) -> None:
+        """Make the pieces of these rows, and behind them as much again as there is already.
+
+        The reference is loaded for that and released again: its memory is needed between two steps only, and as each time twice as
+        much is scored, it is loaded a few times.
+        """
+        asked = set(self.pieces.numbers[positions].tolist())
+        missing = self.missing(self.pieces.of_the_run)
+        room = int(self.pieces.tokens.sum() - self.pieces.tokens[missing].sum())
+        chosen = []
+        for number in missing:
+            if number in asked or room > 0:
+                chosen.append(number)
+                room -= int(self.pieces.tokens[number])
+            asked.discard(number)
+            if not asked and room <= 0:
+                break
+        self._make(chosen, actor_resources(self.config))
+
+    @contextmanager
+    def while_training(self) -> Iterator[Callable[[np.ndarray], None] | None]:
+        """What makes the rows' pieces before their turn, for a worker in this process; None: they come by themselves.
+
+        On a cluster they are made beside training by what its workers leave free, and before it where that is nothing.
+        """
+        wanted = self.pieces.of_the_run
+        for folder in self._folders:
+            (folder / REFUSED).unlink(missing_ok=True)
+        if self.local:
+            yield self.for_reading
+        elif not self.missing(wanted):
+            yield None
+        elif (free := beside_training(self.config)) is None:
+            self.run(wanted)
+            yield None
+        else:
+            with self._beside(wanted, free):
+                yield None
+        self._finish()
+
+    @contextmanager
+    def _beside(self, numbers: Sequence[int], resources: Resources) -> Iterator[None]:
+        ended = threading.Event()
+
+        def work() -> None:
+            try:
+                self.run(numbers, resources, ended.is_set)
+            except BaseException as error:  # told by the workers, who wait for it, or else by nobody
+                logger.warning("reference: %s", error)
+                for folder in self._folders:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    (folder / REFUSED).write_text(str(error))
+
+        thread = threading.Thread(target=work, name="reference", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _make(self, numbers: Sequence[int], resources: Resources, ended: Callable[[], bool] = lambda: False) -> None:
+        for folder in self._own:
+            folder.mkdir(parents=True, exist_ok=True)
+        if self.states in self._own:
+            write_json(self.states / FORM, self._form())
+        items = [{"number": number, "positions": self.pieces.rows_of(number).tolist()} for number in numbers]
+        folder, states = (place if place in self._own else None for place in (self.folder, self.states))
+        arguments = actor_arguments(self.config, self._rows, self.model, folder, states)
+        sizes = [int(self.pieces.tokens[number]) for number in numbers]
+        stage = run_stage(
+            ScoreRows,
+            arguments,
+            items,
+            label="reference",
+            resources=resources,
+            local=self.local,
+            unit="token",
+            sizes=sizes,
+        )
+        with closing(stage):
+            for item in stage:
+                self._missing.discard(item["number"])
+                if ended():
+                    return
+
+    def _form(self) -> dict[str, Any]:
+        text = load_config(self.model, self.config.model.trust_remote_code).get_text_config()
+        return {"dtype": settled(self.config).model.dtype, "width": text.hidden_size}
+
+    def _finish(self) -> None:
+        """Declare complete what is there, unless it was already."""
+        there = [number for number in range(len(self.pieces)) if number not in self.missing(range(len(self.pieces)))]
+        scored = sum(len(self.pieces.rows_of(number)) for number in there)
+        for folder in self._own:
+            if there and not ((folder / MANIFEST).is_file() and manifest(folder)["rows"] == scored):
+                finish(folder, there, {"rows": scored, "model": self.model})
 
 
 def actor_arguments(
-    config: RunConfig, rows_folder: Path, model: str, folder: Path, states: Path | None
+    config: RunConfig, rows_folder: Path, model: str, folder: Path | None, states: Path | None
 ) -> dict[str, Any]:
-    """What `ScoreRows` is made with."""
+    """What `ScoreRows` is made with: the folders that it writes to."""
     return {
-        "folder": str(folder),
+        "folder": str(folder) if folder else None,
         "states": str(states) if states else None,
         "rows": str(rows_folder),
         "model": model,
@@ -158,15 +295,8 @@ def actor_resources(config: RunConfig) -> Resources:
     return Resources(cpus=scaling.cpus_per_worker, gpus=scaling.gpus_per_worker, actors=scaling.data_actors)
 
 
-def _longest_first(lengths: np.ndarray) -> np.ndarray:
-    """Positions in the order of scoring: a row too long for memory fails at once."""
-    return np.argsort(-lengths, kind="stable").astype(position_type(len(lengths)))
-
-
-def _pieces(lengths: np.ndarray) -> list[tuple[int, int]]:
-    """Ranges (first, stop) of `_longest_first`, of about `PIECE_TOKENS` each, or as many as make `MOST_PIECES`."""
-    total = int(lengths.sum())
-    size = max(min(PIECE_TOKENS, max(1, total // 8)), total // MOST_PIECES)
-    piece = (np.cumsum(np.sort(lengths)[::-1], dtype=np.int64) - 1) // size
-    bounds = [0, *(np.flatnonzero(np.diff(piece)) + 1).tolist(), len(lengths)]
-    return list(pairwise(bounds)) if len(lengths) else []
+def beside_training(config: RunConfig) -> Resources | None:
+    """The actors that a cluster has room for beside the training workers; None: for none."""
+    own = actor_resources(config)
+    room = left_beside(own, config.scaling.most_workers)
+    return replace(own, actors=min(room, own.actors or room)) if room else None

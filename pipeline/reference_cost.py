@@ -24,7 +24,7 @@ from pipeline.collate import collate
 from pipeline.config import RunConfig
 from pipeline.durable import write_json
 from pipeline.order import micro_batches
-from pipeline.reference import ScoreRows, actor_arguments, actor_resources, folder_of
+from pipeline.reference import ScoreRows, actor_arguments, actor_resources, cache_of
 from pipeline.rows import Rows, write_part
 from pipeline.stage import Item, run_stage
 from pipeline.trunk import pads, token_states
@@ -85,15 +85,15 @@ class MeasureCost(ScoreRows):
         return time.monotonic() - started
 
 
-def states_folder(config: RunConfig, rows_folder: Path, model: str, local: bool = False) -> Path | None:
-    """Where the hidden states are to be kept; None: the reference runs beside the policy.
+def keeps_states(config: RunConfig, rows_folder: Path, model: str, local: bool = False) -> bool:
+    """Whether hidden states are kept; else the reference runs beside the policy.
 
     Under `model.reference_states=auto` both are measured, once for these rows, weights and storage.
     """
-    folder, choice = folder_of(config, rows_folder, model, "states"), config.model.reference_states
+    folder, choice = cache_of(config, rows_folder, model, "states"), config.model.reference_states
     if choice == "auto":
         choice = _choose(config, rows_folder, model, folder, local)
-    return folder if choice == "cached" else None
+    return choice == "cached"
 
 
 def _choose(config: RunConfig, rows_folder: Path, model: str, folder: Path, local: bool) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from pipeline.errors import UserError
 from pipeline.order import MicroBatch, position_type
 
 MANIFEST = "manifest.json"
+FORM = "form.json"
+"""Number format and width of hidden states, in their folder."""
 _COLUMNS = tuple(field.name for field in fields(Row) if field.name in ROW_SCHEMA.names)
 
 
@@ -56,9 +59,9 @@ def part_of(folder: Path, number: int) -> Path:
     return folder / f"part-{number:06d}.arrow"
 
 
-def finish(folder: Path, parts: int, meta: dict[str, Any]) -> None:
-    """Declare the folder complete: its parts with sizes and checksums, and what it was made of."""
-    found = {path.name: [path.stat().st_size, digest_file(path)] for path in (part_of(folder, i) for i in range(parts))}
+def finish(folder: Path, parts: Iterable[int], meta: dict[str, Any]) -> None:
+    """Declare the folder complete: these parts with sizes and checksums, and what it was made of."""
+    found = {path.name: [path.stat().st_size, digest_file(path)] for path in (part_of(folder, i) for i in parts)}
     write_json(folder / MANIFEST, {"parts": found, **meta})
 
 
@@ -71,8 +74,29 @@ def is_finished(folder: Path) -> bool:
     return all(digest_file(folder / name) == known for name, (_, known) in parts.items())
 
 
-def manifest(folder: Path) -> dict[str, Any]:
-    """The folder's manifest, after checking its parts against it. Raises `StaleCache`."""
+def whole_parts(folder: Path) -> set[int]:
+    """Numbers of the parts that are there and whole: by the manifest's checksum, else as far as Arrow can tell."""
+    known = {}
+    if (folder / MANIFEST).is_file():
+        with suppress(StaleCache):
+            known = manifest(folder, missing=True)["parts"]
+    return {
+        int(path.stem.removeprefix("part-"))
+        for path in folder.glob("part-*.arrow")
+        if (digest_file(path) == known[path.name][1] if path.name in known else _is_readable(path))
+    }
+
+
+def _is_readable(part: Path) -> bool:
+    try:
+        read_ipc(part).validate(full=True)
+    except (OSError, pa.ArrowInvalid, ExtensionType):
+        return False
+    return True
+
+
+def manifest(folder: Path, missing: bool = False) -> dict[str, Any]:
+    """The folder's manifest, after checking its parts against it (`missing`: they may be missing). Raises `StaleCache`."""
     path = folder / MANIFEST
     if not path.is_file():
         raise StaleCache(f"{folder}: not finished; run `qalign prepare` again")
@@ -83,6 +107,8 @@ def manifest(folder: Path) -> dict[str, Any]:
         raise StaleCache(f"{path}: damaged; delete {folder} and run `qalign prepare` again") from None
     for name, (size, _) in parts.items():
         part = folder / name
+        if missing and part.parent == folder:
+            continue
         if part.parent != folder or not part.is_file() or part.stat().st_size != size:
             raise StaleCache(f"{part}: missing or damaged; delete {folder} and run `qalign prepare` again")
     return found
@@ -90,15 +116,61 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 def _open_parts(folder: Path, schema: pa.Schema) -> pa.Table:
     """All parts as one memory-mapped table."""
-    tables = []
-    for name in manifest(folder)["parts"]:
-        try:
-            tables.append(read_ipc(folder / name))
-        except (ExtensionType, pa.ArrowException) as error:
-            raise StaleCache(f"{folder / name}: {error}; delete {folder} and run `qalign prepare` again") from None
-        if not tables[-1].schema.equals(schema):
-            raise StaleCache(f"{folder / name}: other columns; delete {folder} and run `qalign prepare` again")
+    tables = [_open_part(folder / name, schema) for name in manifest(folder)["parts"]]
     return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+def _open_part(part: Path, schema: pa.Schema) -> pa.Table:
+    try:
+        table = read_ipc(part)
+    except (ExtensionType, pa.ArrowException) as error:
+        raise StaleCache(f"{part}: {error}; delete {part.parent} and run `qalign prepare` again") from None
+    if not table.schema.equals(schema):
+        raise StaleCache(f"{part}: other columns; delete {part.parent} and run `qalign prepare` again")
+    return table
+
+
+class _Scores:
+    """What a reference says of rows: a table that joins them by row id, of parts to which others may come."""
+
+    def __init__(self, folder: Path, schema: pa.Schema, row_ids: np.ndarray, growing: bool) -> None:
+        self.folder, self._schema, self._row_ids, self._growing = folder, schema, row_ids, growing
+        self._opened: set[str] = set()
+        self._table = schema.empty_table()
+        self._places = np.full(len(row_ids), -1, dtype=position_type(len(row_ids)))
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Open the parts that have come since the last call."""
+        names = (
+            sorted(p.name for p in self.folder.glob("part-*.arrow"))
+            if self._growing
+            else manifest(self.folder)["parts"]
+        )
+        new = [name for name in names if name not in self._opened]
+        if not new:
+            return
+        tables = [_open_part(self.folder / name, self._schema) for name in new]
+        start, added = len(self._table), pa.concat_tables(tables)
+        self._table = pa.concat_tables([self._table, added])
+        self._opened.update(new)
+        ids = added.column("row_id").to_numpy()
+        places = np.searchsorted(self._row_ids, ids)
+        known = (places < len(self._row_ids)) & (self._row_ids[np.minimum(places, len(self._row_ids) - 1)] == ids)
+        self._places[places[known]] = start + np.flatnonzero(known)
+
+    def lacks(self, positions: np.ndarray) -> np.ndarray:
+        """Which of these rows it says nothing of. [n] → [≤ n]"""
+        return positions[self._places[positions] < 0]
+
+    def cell(self, name: str, position: int) -> pa.Scalar:
+        """Raises `StaleCache` for a row that is not in it: an error, never a gap."""
+        place = int(self._places[position])
+        if place < 0:
+            raise StaleCache(
+                f"{self.folder}: row {int(self._row_ids[position])} is not in it; delete the folder and run `qalign prepare` again"
+            )
+        return self._table.column(name)[place]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +189,12 @@ class Rows:
         folder: what `data.prepare` wrote.
         reference: what `reference.score` wrote for these rows, or None.
         states: the hidden states that it wrote beside, or None.
+        growing: rows are still being scored; ask `unscored` before they are read.
     """
 
-    def __init__(self, folder: Path, reference: Path | None = None, states: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, reference: Path | None = None, states: Path | None = None, growing: bool = False
+    ) -> None:
         table = _open_parts(folder, ROW_SCHEMA)
         ids = table.column("row_id").to_numpy()
         # Parts are numbered as their records are, so that rows lie in order: no index is needed, which at a billion counts.
@@ -128,16 +203,9 @@ class Rows:
         self.source_index: np.ndarray = self._ordered(table.column("source_index").to_numpy())
         self.prompt_hash: np.ndarray = self._ordered(table.column("prompt_hash").to_numpy())
         self.lengths: np.ndarray = self._ordered(_lengths(table))
-        self._reference: pa.Table | None = None
-        if reference is not None:
-            self._reference = _open_parts(reference, REFERENCE_SCHEMA)
-            self._reference_order = _join(self.row_ids, self._reference.column("row_id").to_numpy(), reference)
-        self._states: pa.Table | None = None
-        if states is not None:
-            self._states = _open_parts(states, STATES_SCHEMA)
-            self._states_order = _join(self.row_ids, self._states.column("row_id").to_numpy(), states)
-            form = manifest(states)
-            self._states_form: tuple[torch.dtype, int] = getattr(torch, form["dtype"]), form["width"]
+        self._reference = _Scores(reference, REFERENCE_SCHEMA, self.row_ids, growing) if reference else None
+        self._states = _Scores(states, STATES_SCHEMA, self.row_ids, growing) if states else None
+        self._form: tuple[torch.dtype, int] | None = None  # of the states; known once there are some
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -146,9 +214,9 @@ class Rows:
         place = self._place(position)
         found = {name: _cell(self._table, name, place) for name in _COLUMNS}
         if self._reference is not None:
-            found["ref_logprobs"] = _cell(self._reference, "ref_logprobs", int(self._reference_order[position]))
+            found["ref_logprobs"] = self._reference.cell("ref_logprobs", position).as_py()
         if self._states is not None:
-            found["ref_states"] = self._states_at(int(self._states_order[position]))
+            found["ref_states"] = self._states_of(position)
         return Row(**found)
 
     def _ordered(self, column: np.ndarray) -> np.ndarray:
@@ -158,12 +226,23 @@ class Rows:
         """Where the table has the row."""
         return int(position if self._order is None else self._order[position])
 
-    def _states_at(self, place: int) -> torch.Tensor:
+    def _states_of(self, position: int) -> torch.Tensor:
         """[n, D]; a copy, as the file is mapped read-only."""
         assert self._states is not None
-        content = np.frombuffer(self._states.column("ref_states")[place].as_buffer(), dtype=np.uint8).copy()
-        dtype, width = self._states_form
-        return torch.from_numpy(content).view(dtype).view(-1, width)
+        cell = self._states.cell("ref_states", position)
+        if self._form is None:
+            form = json.loads((self._states.folder / FORM).read_bytes())
+            self._form = getattr(torch, form["dtype"]), form["width"]
+        dtype, width = self._form
+        return torch.from_numpy(np.frombuffer(cell.as_buffer(), dtype=np.uint8).copy()).view(dtype).view(-1, width)
+
+    def unscored(self, positions: np.ndarray) -> np.ndarray:
+        """Which of these rows the reference has not scored yet. [n] → [≤ n]"""
+        scores = [scores for scores in (self._reference, self._states) if scores is not None]
+        for one in scores:
+            if len(one.lacks(positions)):
+                one.refresh()
+        return np.unique(np.concatenate([np.zeros(0, positions.dtype), *(one.lacks(positions) for one in scores)]))
 
     def source(self, position: int) -> str:
         """Where the row came from, `file:line`."""
@@ -254,21 +333,3 @@ def _lengths(table: pa.Table) -> np.ndarray:
 
 def _cell(table: pa.Table, name: str, place: int) -> Any:
     return table.column(name)[place].as_py()
-
-
-def _join(wanted: np.ndarray, found: np.ndarray, folder: Path) -> np.ndarray:
-    """Place in `found` of each wanted row id. Raises `StaleCache` naming the missing ones."""
-    order = np.argsort(found, kind="stable")
-    places = np.searchsorted(found[order], wanted)
-    ok = (
-        (places < len(found)) & (found[order][np.minimum(places, len(found) - 1)] == wanted)
-        if len(found)
-        else wanted < 0
-    )
-    if not ok.all():
-        missing = wanted[~ok]
-        raise StaleCache(
-            f"{folder}: {len(missing)} rows are not in it (first row ids {missing[:5].tolist()}); "
-            "delete the folder and run `qalign prepare` again"
-        )
-    return order[places].astype(position_type(len(found)))

@@ -44,14 +44,22 @@ def run_stage(
     resources: Resources,
     local: bool,
     unit: str = "part",
+    sizes: Sequence[int] | None = None,
 ) -> Iterator[Item]:
-    """Yield `worker(**arguments)(item)` for each item, in the items' order, under a progress bar.
+    """Yield `worker(**arguments)(item)` for each item, in the items' order, under a progress bar that counts `sizes` (default: items).
 
     The class is built once per actor. With Ray, blocks are single items: an actor that is free takes the next one, an item whose actor
     dies is given to another. A worker's UserError is raised here with its one line.
     """
     results = _in_process(worker, arguments, items) if local else _on_ray(worker, arguments, items, resources)
-    yield from tqdm(results, total=len(items), desc=label, unit=unit, mininterval=1.0, disable=len(items) == 0)
+    sizes = sizes or [1] * len(items)
+    large = max(sizes, default=1) > 1
+    with tqdm(
+        total=sum(sizes), desc=label, unit=unit, unit_scale=large, mininterval=1.0, disable=not items, leave=None
+    ) as bar:
+        for result, size in zip(results, sizes, strict=True):
+            bar.update(size)
+            yield result
 
 
 def _in_process(
@@ -132,6 +140,14 @@ def _on_ray(
         if not ended:  # Ray Data's executor hangs in a cycle, with actors whose CPUs a later stage would wait for
             del bundles, stage
             gc.collect()
+
+
+def left_beside(one: Resources, workers: int) -> int:
+    """Actors that the cluster, as large as it may grow, holds beside so many workers with as much each."""
+    import ray
+
+    totals = (ray.cluster_resources(), _promised())
+    return max(0, max(_room(one, total) for total in totals) - workers)
 
 
 def _promised() -> dict[str, float]:

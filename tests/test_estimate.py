@@ -51,7 +51,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RowSize]:
     ]
     for part in range(2):
         write_part(folder, part, pa.Table.from_pylist(made[part * 5000 : (part + 1) * 5000], schema=ROW_SCHEMA))
-    finish(folder, 2, {})
+    finish(folder, range(2), {})
     return folder, RowSize(round(prompts.mean()), round(responses.mean()), 2, label=len("pairs.jsonl:00000000"))
 
 

@@ -305,7 +305,7 @@ def check_cache(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder)
         write_part(rows, 0, pa.table({"x": [1, 2]}))
-        finish(rows, 1, {"summary": {}})
+        finish(rows, range(1), {"summary": {}})
         spoil(data, data.draw(st.sampled_from(files(rows))))
         said = refusal(partial(manifest, rows), StaleCache)
         assert "\n" not in said and (not said or str(rows) in said)

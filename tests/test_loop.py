@@ -16,20 +16,21 @@ from pipeline.driver import fit
 from pipeline.fencing import Lease
 from pipeline.loop import Diverged, Job, train_worker
 from pipeline.progress import METRICS_FILE, read_metrics
-from pipeline.reference_cost import states_folder
+from pipeline.reference_cost import keeps_states
 from tests.conftest import save_tiny_llama
 
 
 def job_of(config, name: str = "run") -> Job:
     rows = data.prepare(config, config.model.path, local=True)
-    frozen, states = None, None
+    frozen, states = None, False
     if config.objective.needed().kl != "none":
         frozen = config.model.reference
-        states = states_folder(config, rows, frozen, local=True)
-    scored = reference.score(config, rows, frozen or config.model.path, local=True, states=states)
+        states = keeps_states(config, rows, frozen, local=True)
+    scoring = reference.Scoring(config, rows, frozen or config.model.path, local=True, states=states)
+    scoring.run(scoring.pieces.of_the_run)
     run = Path(config.storage) / name
     run.mkdir(parents=True)
-    return Job(config, run, rows, scored, config.model.path, frozen, states)
+    return Job(config, run, rows, scoring.folder, config.model.path, frozen, scoring.states)
 
 
 def train(job: Job) -> list[dict]:

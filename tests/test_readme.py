@@ -85,7 +85,7 @@ def test_the_objective_example_trains_as_printed(qalign, tmp_path: Path, monkeyp
     (tmp_path / "readme_objective.py").write_text(example)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
-    status, told, errors = qalign(
+    status, _, errors = qalign(
         "train", "objective={name: 'readme_objective:MyObjective', beta: 0.3}", "train.max_steps=1"
     )
     assert status == 0, errors

@@ -13,7 +13,7 @@ import torch
 from pipeline import data, reference, reference_cost
 from pipeline.collate import collate
 from pipeline.model import load_policy
-from pipeline.reference_cost import Cost, states_folder
+from pipeline.reference_cost import Cost, keeps_states
 from pipeline.rows import Rows
 from pipeline.trunk import token_states
 
@@ -30,8 +30,9 @@ TURNS = [
 def kept(config) -> tuple[Path, Path, Path]:
     """Rows, log-probs and states of a tiny data set."""
     rows = data.prepare(config, config.model.path, local=True)
-    states = reference.folder_of(config, rows, config.model.path, "states")
-    return rows, reference.score(config, rows, config.model.path, local=True, states=states), states
+    scoring = reference.Scoring(config, rows, config.model.path, local=True, states=True)
+    scoring.run(scoring.pieces.of_the_run)
+    return rows, scoring.folder, scoring.states
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -83,33 +84,33 @@ def test_the_cheaper_way_depends_on_the_passes(cost: Cost, epochs: int, cheaper:
 def test_auto_measures_once_and_then_decides_by_cost_and_disk(make_config, caplog: pytest.LogCaptureFixture) -> None:
     config = make_config("objective={name: tdpo}")
     rows = data.prepare(config, config.model.path, local=True)
-    folder = reference.folder_of(config, rows, config.model.path, "states")
+    folder = reference.cache_of(config, rows, config.model.path, "states")
     note = folder.with_suffix(".json")
     with caplog.at_level(logging.INFO):
-        states_folder(config, rows, config.model.path, local=True)
+        keeps_states(config, rows, config.model.path, local=True)
     found = json.loads(note.read_text())
     assert min(found.values()) > 0
     # 32 float32 numbers behind each response token, none behind the prompt's: between the two.
     assert 0.2 * 128 < found["bytes"] < 2 * 128
     assert "reference states:" in caplog.text
 
-    def decide(**changes: float) -> Path | None:
+    def decide(**changes: float) -> bool:
         note.write_text(json.dumps(found | asdict(Cost(live=1, write=0, read=0.1, bytes=1)) | changes))
-        return states_folder(config, rows, config.model.path, local=True)
+        return keeps_states(config, rows, config.model.path, local=True)
 
-    assert decide() == folder
-    assert decide(read=2) is None
-    assert decide(bytes=1e15) is None
+    assert decide()
+    assert not decide(read=2)
+    assert not decide(bytes=1e15)
     folder.mkdir()  # it was begun: its place is taken already
-    assert decide(bytes=1e15) == folder
-    for choice, expected in (("live", None), ("cached", folder)):
+    assert decide(bytes=1e15)
+    for choice, expected in (("live", False), ("cached", True)):
         asked = make_config("objective={name: tdpo}", f"model.reference_states={choice}")
-        assert states_folder(asked, rows, config.model.path, local=True) == expected
+        assert keeps_states(asked, rows, config.model.path, local=True) == expected
 
 
 def test_the_sample_leaves_nothing_behind(make_config) -> None:
     config = make_config("objective={name: tdpo}")
     rows = data.prepare(config, config.model.path, local=True)
-    states_folder(config, rows, config.model.path, local=True)
+    keeps_states(config, rows, config.model.path, local=True)
     assert not list((Path(config.storage) / "cache").glob(".states-*"))
     assert reference_cost.SAMPLE_TOKENS >= 1

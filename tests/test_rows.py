@@ -33,7 +33,7 @@ def write(folder: Path, *parts: list[dict]) -> Path:
     folder.mkdir()
     for i, rows in enumerate(parts):
         write_part(folder, i, pa.Table.from_pylist(rows, schema=ROW_SCHEMA))
-    finish(folder, len(parts), {})
+    finish(folder, range(len(parts)), {})
     return folder
 
 
@@ -41,7 +41,7 @@ def reference(folder: Path, ids: list[int]) -> Path:
     folder.mkdir()
     table = [{"row_id": i, "ref_logprobs": [[-float(i)] * (i % 3 + 1), [-0.5]]} for i in ids]
     write_part(folder, 0, pa.Table.from_pylist(table, schema=REFERENCE_SCHEMA))
-    finish(folder, 1, {})
+    finish(folder, range(1), {})
     return folder
 
 
@@ -88,8 +88,11 @@ def test_rewards_turns_and_behaviour_come_back_and_fillers_keep_them(tmp_path: P
 
 def test_a_missing_reference_row_is_refused_by_number(tmp_path: Path) -> None:
     folder = write(tmp_path / "rows", [row(0), row(1), row(2)])
-    with pytest.raises(StaleCache, match=r"1 rows are not in it .*\[1\]"):
-        Rows(folder, reference(tmp_path / "ref", [0, 2]))
+    rows = Rows(folder, reference(tmp_path / "ref", [0, 2]))
+    assert rows.unscored(np.arange(3)).tolist() == [1]
+    assert rows[2].ref_logprobs is not None
+    with pytest.raises(StaleCache, match="row 1 is not in it"):
+        rows.take(MicroBatch((0, 1)))
 
 
 def test_unfinished_and_damaged_folders_are_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline import driver
 from pipeline.config import ConfigError, RunConfig, digest
@@ -125,13 +125,15 @@ class Sweep:
     def _prepare(self, local: bool) -> dict[tuple[str, Needs], Prepared]:
         """Rows and reference log-probs of every configuration that trials may have; most often one."""
         prepared: dict[tuple[str, Needs], Prepared] = {}
+        # Trials of different lengths or orders read different rows.
+        work: Literal["all", "run"] = "all" if any(d.key.startswith("train") for d in self.space.dimensions) else "run"
         for point in self.space.preparations(self.settings.search == "grid"):
             try:
                 config, _ = self.space.configure(point)
             except ConfigError:
                 continue  # recorded when it is its turn
             if _needed(config) not in prepared:
-                prepared[_needed(config)] = driver.prepare(config, local)
+                prepared[_needed(config)] = driver.prepare(config, local, work=work)
                 _check_metric(config, prepared[_needed(config)], self.settings.metric)
         if not prepared:
             raise ConfigError(
@@ -157,7 +159,7 @@ class Sweep:
         }
         cache = Path(self.config.storage) / "cache"
         sources = sorted(
-            [p.rows.name, p.reference.name if p.reference else "", fingerprint(p.model, cache)]
+            [p.rows.name, p.reference.parent.name if p.reference else "", fingerprint(p.model, cache)]
             for p in self._prepared.values()
         )
         kept: dict[str, Any] = {key: value for key, value in settings.items() if key not in loose}

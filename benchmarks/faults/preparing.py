@@ -56,12 +56,12 @@ def _prepare(bench: Bench, config: Path, storage: Path, local: bool = False) -> 
 def _kill_an_actor(bench: Bench, storage: Path, stage: str, driver: subprocess.Popen) -> None:
     """Once the stage has written its first part."""
     until = time.monotonic() + PATIENCE
-    while not list(storage.glob(f"cache/{stage}-*/part-*.arrow")):
+    while not list(storage.glob(f"cache/{stage}-*/**/part-*.arrow")):
         if time.monotonic() > until or driver.poll() is not None:
             raise DrillError(f"{stage}: no part was written; see {storage}.log")
         time.sleep(0.01)
     actors = bench.cluster.find(ACTOR)
-    finished = list(storage.glob(f"cache/{stage}-*/manifest.json"))
+    finished = list(storage.glob(f"cache/{stage}-*/**/manifest.json"))
     if not actors or finished:
         raise DrillError(f"{stage}: was over before an actor could be killed; give it more records")
     kill(actors[:1])
@@ -69,5 +69,6 @@ def _kill_an_actor(bench: Bench, storage: Path, stage: str, driver: subprocess.P
 
 def _made(storage: Path, stage: str) -> dict[str, str]:
     """The checksums of a finished folder's parts; the folder's own name says what they are made of."""
-    (folder,) = storage.glob(f"cache/{stage}-*")
-    return {f"{folder.name}/{name}": digest_file(folder / name) for name in manifest(folder)["parts"]}
+    (finished,) = storage.glob(f"cache/{stage}-*/**/manifest.json")
+    folder = finished.parent
+    return {str((folder / n).relative_to(storage)): digest_file(folder / n) for n in manifest(folder)["parts"]}
