@@ -24,11 +24,16 @@ from pipeline.tracking import tracking_uri
 
 logger = logging.getLogger(__name__)
 
+UPLOADED = "working_dir_files"
+"""The folder below a Ray session in which uploaded working directories lie."""
+
 
 def check(config: RunConfig, local: bool = False) -> None:
     """What this machine, the storage and the tracking server give away. Raises ConfigError."""
     if redact(config.name) != config.name:
         raise ConfigError("name: holds a secret of the environment, and becomes the name of a folder; take another one")
+    _refuse_uploaded_folder("storage", config.storage)
+    _refuse_uploaded_folder("sampling.output", config.sampling.output)
     if config.tracking.enabled:
         tracking_uri(config)
     if local and config.scaling.gpus_per_worker and not torch.cuda.is_available():
@@ -41,6 +46,15 @@ def check(config: RunConfig, local: bool = False) -> None:
         raise ConfigError(f"storage: cannot be written ({error}); name another folder") from None
     if config.scaling.offload_optimizer:
         check_offload()
+
+
+def _refuse_uploaded_folder(key: str, path: str | None) -> None:
+    """A job's `--working-dir` is unpacked into a cache of Ray's, which it empties: a relative path would lead there."""
+    if path is not None and UPLOADED in Path(path).absolute().parts:
+        raise ConfigError(
+            f"{key}: {path} lies in Ray's copy of the job's working directory, which Ray deletes; give an absolute path that all "
+            f"nodes share, e.g. {key}=/shared/qalign"
+        )
 
 
 def check_models(config: RunConfig, model: str) -> str:

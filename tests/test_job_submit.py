@@ -89,10 +89,14 @@ def test_train_through_ray_job_submit(head: dict[str, str], make_config, tmp_pat
     assert refused.returncode != 0
     assert "objective.beta: input should be greater than 0" in refused.stdout + refused.stderr
 
+    lost = submit(head, "jobs.train", str(tmp_path / "config.yaml"), "train.max_steps=2", "storage=outputs")
+    assert lost.returncode != 0
+    assert "storage: " in lost.stdout and "lies in Ray's copy of the job's working directory" in lost.stdout
+
 
 def test_sweep_through_ray_job_submit(head: dict[str, str], make_config, tmp_path: Path) -> None:
     make_config()
-    space = ["sweep.space.objective.beta=[0.1,0.5]", "sweep.metric=eval/reward/margin", "data.eval_fraction=0.25"]
+    space = ["sweep.space.objective.beta=[0.1,0.5]", "sweep.metric=eval/accuracy", "data.eval_fraction=0.25"]
     storage = tmp_path / "shared"
     done = submit(head, "tune.sweep", str(tmp_path / "config.yaml"), *space, "train.max_steps=2", f"storage={storage}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

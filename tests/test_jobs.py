@@ -36,6 +36,10 @@ def error_of(result: tuple[int, str, str]) -> str:
         (["data.max_length=5000"], "data.max_length: 5000 exceeds the model's context of 512 tokens"),
         (["storage=s3://bucket/x"], "storage: has to be a folder"),
         (["storage=/proc/qalign"], "storage: cannot be written"),
+        (
+            ["storage=/tmp/ray/session_x/runtime_resources/working_dir_files/_ray_pkg_1/outputs"],
+            "give an absolute path",
+        ),
         (["model.path=no/such/folder/at/all"], "model.path: no folder"),
         (["data.sources=[{path: nowhere.jsonl}]"], "data.sources.0.path"),
         (["objective={name: plackett_luce}", "data.kind=demonstration"], "data.kind: plackett_luce trains on"),

@@ -6,7 +6,7 @@ trials share one prepared data set and one reference cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,7 @@ class Sweep:
         self.config, self.settings = config, config.sweep
         self.space = Space(config)
         search.start(config, self.space, ())  # a missing package is told before any work
+        _check_unit(config, self.settings.metric, [dimension.key for dimension in self.space.dimensions])
         self._prepared = self._prepare(local)
         self.identity = self._identity()
         self.folder = Path(config.storage) / FOLDER / f"{config.name}-{self.identity}"
@@ -169,6 +170,23 @@ class Sweep:
 def _needed(config: RunConfig) -> tuple[str, Needs]:
     """Configurations that agree in this are prepared alike."""
     return digest(config.data.model_dump(), config.model.model_dump(), config.seed), config.objective.needed()
+
+
+def _check_unit(config: RunConfig, metric: str, swept: Sequence[str]) -> None:
+    """Raises ConfigError where a swept key changes the metric's unit: the best value would be an artefact of the scale.
+
+    Implicit rewards are measured in what the objective makes of them. Losses of different settings are different functions, but for β
+    where the loss is the negative log-likelihood of the preferences: that stays in nats.
+    """
+    kind = metric.removeprefix("eval/").partition("/")[0]
+    keys = [key for key in swept if key.partition(".")[0] == "objective"]
+    if kind == "loss" and config.objective.bradley_terry:
+        keys = [key for key in keys if key != "objective.beta"]
+    if kind in ("reward", "loss") and keys:
+        raise ConfigError(
+            f"sweep.metric: {metric} is measured in units that {keys[0]} changes, so that it cannot rank these trials; take "
+            "eval/accuracy, or with sweep.evaluate compare the samples' reward at equal KL in sweep.html"
+        )
 
 
 def _check_metric(config: RunConfig, prepared: Prepared, metric: str) -> None:

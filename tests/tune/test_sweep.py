@@ -51,6 +51,31 @@ def test_a_configuration_without_a_sweep_early_stopping_in_one_process_and_elast
         sweep.run(make_config("sweep.space.objective.beta=[0.1]", "scaling.workers=[1,2]"), LOCAL)
 
 
+@pytest.mark.parametrize(
+    ("metric", "key", "refused"),
+    [
+        ("eval/reward/margin", "objective.beta=[0.1,0.5]", True),
+        ("reward/chosen", "objective=[{name: dpo},{name: ipo}]", True),
+        ("eval/loss", "objective.name=[dpo,ipo]", True),
+        ("eval/loss", "objective.label_smoothing=[0.1,0.2]", True),
+        ("eval/loss", "objective.beta=[0.1,0.5]", False),  # DPO's is a negative log-likelihood, whatever β is
+        ("eval/reward/margin", "optimizer.lr=[1e-3,1e-2]", False),
+        ("eval/accuracy", "objective.beta=[0.1,0.5]", False),
+    ],
+)
+def test_a_metric_whose_unit_a_swept_key_changes_ranks_nothing(
+    make_config, metric: str, key: str, refused: bool
+) -> None:
+    config = make_config(f"sweep.space.{key}", f"sweep.metric={metric}", *HELD_OUT)
+    if not refused:
+        assert Sweep(config, local=True).settings.metric == metric
+        return
+    swept = key.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"^sweep\.metric: {metric} is measured in units that {swept} changes"):
+        Sweep(config, local=True)
+    assert not (Path(config.storage) / "cache" / "rows").exists()
+
+
 def test_the_identity_is_what_changes_trials(make_config) -> None:
     def identity(*overrides: str) -> str:
         return Sweep(make_config("sweep.space.objective.beta=[0.1,0.2]", *HELD_OUT, *overrides), True).identity
@@ -63,7 +88,7 @@ def test_the_identity_is_what_changes_trials(make_config) -> None:
 
 def test_trials_share_what_is_prepared_and_equal_runs_are_one_trial(make_config) -> None:
     space = "sweep.space={objective.name: [dpo, sft, ipo], objective.label_smoothing: [0.1, 0.2]}"
-    found = Sweep(make_config(space, *HELD_OUT, "sweep.metric=eval/loss"), local=True)
+    found = Sweep(make_config(space, *HELD_OUT), local=True)
     trials = list(found.todo())
     assert [t.overrides for t in trials] == [
         {"objective.name": "dpo", "objective.label_smoothing": 0.1},
