@@ -43,8 +43,10 @@ class Pieces:
         positions = np.concatenate([split.train[trained], held]).astype(position_type(len(rows)))
         lengths = rows.lengths[positions].astype(np.int64)
         size = max(PIECE_TOKENS, int(lengths.sum()) // MOST_PIECES)
-        training = _growing(lengths[: len(trained)], steps, size)
-        bounds = np.concatenate([[0], training, len(trained) + _even(lengths[len(trained) :], size)]).astype(np.int64)
+        training = growing_ends(lengths[: len(trained)], steps, size)
+        bounds = np.concatenate([[0], training, len(trained) + even_ends(lengths[len(trained) :], size)]).astype(
+            np.int64
+        )
         numbers = np.full(len(rows), -1, dtype=np.int32)
         numbers[positions] = np.repeat(np.arange(len(bounds) - 1, dtype=np.int32), np.diff(bounds))
         tokens = np.diff(np.concatenate([[0], np.cumsum(lengths)])[bounds])
@@ -81,7 +83,7 @@ def order_of(config: RunConfig) -> str:
     return digest(config.seed, config.train.rows_per_step, config.data.eval_fraction, shares)
 
 
-def _growing(lengths: np.ndarray, steps: np.ndarray, size: int) -> np.ndarray:
+def growing_ends(lengths: np.ndarray, steps: np.ndarray, size: int) -> np.ndarray:
     """Ends of pieces of whole steps: one step at first, then twice as many each time, up to `size` tokens."""
     before = np.concatenate([[0], np.cumsum(lengths)])[np.concatenate([[0], steps])]  # [steps + 1]
     ends, step, wanted = [], 0, 1
@@ -93,7 +95,7 @@ def _growing(lengths: np.ndarray, steps: np.ndarray, size: int) -> np.ndarray:
     return np.array(ends, dtype=np.int64)
 
 
-def _even(lengths: np.ndarray, size: int) -> np.ndarray:
+def even_ends(lengths: np.ndarray, size: int) -> np.ndarray:
     """Ends of pieces of about `size` tokens each."""
     piece = (np.cumsum(lengths) - 1) // size
     return np.concatenate([np.flatnonzero(np.diff(piece)) + 1, [len(lengths)]]) if len(lengths) else np.zeros(0, int)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -267,20 +268,21 @@ def test_the_document_is_what_the_formulas_say() -> None:
 def test_large_data_is_cut_into_no_more_pieces_than_ray_and_linux_bear(tmp_path: Path, monkeypatch) -> None:
     from pipeline import sources
     from pipeline.config import Source
-    from pipeline.reference import _longest_first, _pieces
+    from pipeline.reference_pieces import even_ends, growing_ends
     from tests.conftest import write_pairs
 
     path = write_pairs(tmp_path / "pairs.jsonl", 400)
     lengths = np.random.default_rng(0).integers(1, 500, 5000).astype(np.int32)
     assert len(sources.plan([Source(path=str(path))], tmp_path, chunk_bytes=300).chunks) > 50
-    assert len(_pieces(lengths)) == pytest.approx(lengths.sum() / reference.PIECE_TOKENS, abs=1)
     monkeypatch.setattr(sources, "MOST_CHUNKS", 10)
-    monkeypatch.setattr(reference, "MOST_PIECES", 7)
     planned = sources.plan([Source(path=str(path))], tmp_path, chunk_bytes=300)
     assert 5 <= len(planned.chunks) <= 10
     assert planned.records == 400
-    pieces = _pieces(lengths)
-    assert 7 <= len(pieces) <= 8
-    assert [first for first, _ in pieces[1:]] == [stop for _, stop in pieces[:-1]]
-    assert (pieces[0][0], pieces[-1][1]) == (0, 5000)
-    assert (np.diff(lengths[_longest_first(lengths)]) <= 0).all()
+    steps = np.arange(50, 5001, 50)  # ends of steps of 50 rows
+    size = int(lengths.sum()) // 7
+    assert 7 <= len(even_ends(lengths, size)) <= 8
+    assert len(growing_ends(lengths, steps, size)) <= 7 + np.log2(100) + 1
+    assert len(growing_ends(lengths, steps, 1)) == 100, "a step at least"
+    for ends in (even_ends(lengths, size), growing_ends(lengths, steps, size)):
+        assert ends[-1] == 5000 and (np.diff(ends) > 0).all()
+        assert all(lengths[first:stop].sum() <= size + 50 * 500 for first, stop in pairwise([0, *ends]))
