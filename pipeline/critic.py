@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from pipeline.config import ConfigError, RunConfig
 from pipeline.contracts import Batch, PolicyOut
 from pipeline.model import add_lora, merge_lora, recompute_layers, remove_dropout, unflatten
+from pipeline.packing import choose_layout
 from pipeline.pretrained import load_backbone, load_config, precision
 from pipeline.scalar_head import ScalarHead
-from pipeline.trunk import Layout, choose_layout, token_states
+from pipeline.trunk import Layout, token_states
 
 HEAD = "value_head.safetensors"
 CRITIC = "critic"

@@ -25,9 +25,10 @@ from pipeline.config import ConfigError, LoraSection, ModelConfig
 from pipeline.contracts import Batch, Needs, PolicyOut
 from pipeline.distributed import greatest
 from pipeline.ops import token_statistics
+from pipeline.packing import FAILURES, choose_layout, one_line, uncompiled_attention
 from pipeline.pretrained import load_causal_lm, precision
 from pipeline.thinker import NewPrior, prior_for
-from pipeline.trunk import PROBE, choose_layout, probe_batch, token_states, uncompiled_attention
+from pipeline.trunk import token_states, trunk_of
 
 
 class OutputHead(nn.Module):
@@ -69,8 +70,8 @@ class Policy(nn.Module):
     ) -> None:
         super().__init__()
         remove_dropout(lm)
-        _check_head(lm)
         self.layout = choose_layout(lm)
+        _check_head(lm)
         self.lm = lm
         self.kl: Literal["none", "forward", "reverse"] = kl
         self.keep_states, self.read_steps = keep_states, read_steps
@@ -208,15 +209,16 @@ def unflatten(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _logits(lm: nn.Module, hidden: Tensor) -> Tensor:
-    """Output head, with what some architectures do to logits after it (Granite, Cohere, Gemma)."""
+    """Output head, with what some architectures do to logits after it (Granite, Cohere, Gemma, xLSTM)."""
     config = lm.config.get_text_config()
     logits = lm.get_output_embeddings()(hidden)
     if (scaling := getattr(config, "logits_scaling", None)) is not None:
         logits = logits / scaling
     if (scale := getattr(config, "logit_scale", None)) is not None:
         logits = logits * scale
-    if (cap := getattr(config, "final_logit_softcapping", None)) is not None:
-        logits = cap * torch.tanh(logits / cap)
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):
+        if (cap := getattr(config, name, None)) is not None:
+            logits = cap * torch.tanh(logits / cap)
     return logits
 
 
@@ -229,16 +231,18 @@ def _check_head(lm: nn.Module) -> None:
 
     Or where it does something else in training mode, as where dropout is read from the configuration.
     """
-    batch, was_training = probe_batch(lm, PROBE[:1]), lm.training
-    prompt = batch.input_ids[0, : int(batch.predictor[0, 0, 0]) + 1]
-    rows = torch.stack([torch.cat([prompt, ids[:1]]) for ids in batch.response_ids[0]])
-    own = {}
+    was_training, own = lm.training, {}
+    ids = torch.tensor([[5, 11, 7, 13, 4]], device=lm.device) % lm.config.get_text_config().vocab_size
     try:
         with uncompiled_attention(lm):
             for training in (True, False):
                 lm.train(training)
-                own[training] = lm(input_ids=rows).logits[:, -2:].flatten(0, 1).float().log_softmax(-1)
-            ours = _logits(lm, token_states(lm, batch, "separate")).float().log_softmax(-1)
+                own[training] = lm(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+            ours = _logits(lm, trunk_of(lm)(input_ids=ids, use_cache=False).last_hidden_state).float().log_softmax(-1)
+    except FAILURES as error:
+        raise ConfigError(
+            f"model.path: {type(lm).__name__} has no output head as qalign knows them ({one_line(error)})"
+        ) from None
     finally:
         lm.train(was_training)
     allowed = 1e-3 if lm.dtype == torch.float32 else 0.2

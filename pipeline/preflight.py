@@ -16,7 +16,7 @@ from pipeline.export import RUN_FILE
 from pipeline.model_files import locate
 from pipeline.optimizer import check_offload
 from pipeline.order import Plan
-from pipeline.pretrained import load_config, load_tokenizer
+from pipeline.pretrained import check_kind, load_config, load_tokenizer
 from pipeline.redaction import redact
 from pipeline.rows import Rows
 from pipeline.thinker import assistant_of, check_steps, refuse_thoughts_under_kl
@@ -83,7 +83,9 @@ def check_model(config: RunConfig, path: str, key: str, tokenizer: bool = False)
 
 def check_lengths(config: RunConfig, model: str) -> None:
     """Rows have to fit the model at `model`: its context and its vocabulary. Raises ConfigError."""
-    text = load_config(model, config.model.trust_remote_code).get_text_config()
+    own = load_config(model, config.model.trust_remote_code)
+    check_kind(own, model)
+    text = own.get_text_config()
     context = getattr(text, "max_position_embeddings", None)
     thoughts = config.latent.n_latents if config.objective.needed().latent != "none" else 0
     if context is not None and config.data.max_length + thoughts > context:
@@ -104,6 +106,7 @@ def check_lengths(config: RunConfig, model: str) -> None:
 def check_vocabularies(config: RunConfig, model: str, other: str, key: str) -> None:
     """Two models of one token mean the same only if it is the same token. Raises ConfigError about the `key` of the other."""
     trust = config.model.trust_remote_code
+    check_kind(load_config(other, trust, key), other, key)
     sizes = [load_config(path, trust).get_text_config().vocab_size for path in (model, other)]
     tokenizers = [data.tokenizer_identity(load_tokenizer(path, trust)) for path in (model, other)]
     if sizes[0] != sizes[1] or tokenizers[0] != tokenizers[1]:

@@ -6,12 +6,13 @@ Left out: adapters, device placement and everything about training (see `model` 
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline import widening
+from pipeline import rope, widening
 from pipeline.config import Attention, ConfigError, Precision, RunConfig
 from pipeline.model_files import not_loadable
 from pipeline.weight_files import check_fetched
@@ -19,6 +20,8 @@ from pipeline.weight_files import check_fetched
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+
+logger = logging.getLogger(__name__)
 
 NARROWEST_HEAD = 16
 """FlexAttention's kernel on GPUs takes no narrower ones."""
@@ -84,8 +87,10 @@ def load_causal_lm(
     """
     from transformers import AutoModelForCausalLM
 
-    if classifies(load_config(path, trust_remote_code, key)):
+    config = load_config(path, trust_remote_code, key)
+    if classifies(config):
         raise ConfigError(f"{key}: {path} is a reward model, which has no words to say; name a language model")
+    check_kind(config, path, key)
     model, lacking = _load(
         AutoModelForCausalLM, path, dtype, attention, trust_remote_code, key, "a causal language model"
     )
@@ -99,6 +104,7 @@ def load_backbone(
     """The transformer below the output head of what `locate` gave. Raises `ConfigError`."""
     from transformers import AutoModel
 
+    check_kind(load_config(path, trust_remote_code), path)
     model, lacking = _load(AutoModel, path, dtype, attention, trust_remote_code, "model.path", "a language model")
     _refuse_lacking(lacking, path, "model.path", "language model")
     return model
@@ -118,6 +124,7 @@ def load_scorer(
     from transformers import AutoModelForSequenceClassification
 
     config = load_config(path, trust_remote_code, key)
+    check_kind(config, path, key)
     if classifies(config) and config.num_labels != 1:
         raise ConfigError(f"{key}: the classifier {path} has {config.num_labels} labels; a reward model has one")
     model, lacking = _load(
@@ -154,6 +161,22 @@ def _attention(attention: Attention, config: Any) -> str:
     return "flex_attention" if head >= NARROWEST_HEAD else "sdpa"
 
 
+def check_kind(config: Any, path: str, key: str = "model.path") -> None:
+    """Raises ConfigError where a configuration alone tells that this is no decoder-only language model."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    names = getattr(config, "architectures", None) or []
+    if config.is_encoder_decoder:
+        what = "an encoder–decoder model"
+    elif any(name.endswith("ForMaskedLM") for name in names):
+        what = "a masked language model"
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
+        what = "no causal language model"
+    else:
+        return
+    raise ConfigError(f"{key}: {path} is {what} ({config.model_type}); name a decoder-only language model")
+
+
 def classifies(config: Any) -> bool:
     """Whether a model's configuration is that of a sequence classifier."""
     names = getattr(config, "architectures", None) or [""]
@@ -172,28 +195,35 @@ def _load(
 ) -> tuple[PreTrainedModel, list[str]]:
     """A model of this auto class, in evaluation mode, and the names of weights that the checkpoint lacks."""
     from safetensors import SafetensorError
-    from transformers.utils import logging
+    from transformers.utils import logging as library
 
     check_fetched(path, key)
     if Path(path).is_dir():
-        logging.disable_progress_bar()  # local weights load in moments; downloads keep their bar
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what is missing or unused is ours to tell
+        library.disable_progress_bar()  # local weights load in moments; downloads keep their bar
+    verbosity = library.get_verbosity()
+    library.set_verbosity_error()  # what is missing or unused is ours to tell
+    settings |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    settings |= {"use_safetensors": True, "output_loading_info": True}
+    asked = _attention(attention, load_config(path, trust_remote_code, key))
     try:
-        model, info = kind.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation=_attention(attention, load_config(path, trust_remote_code, key)),
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-            **settings,
-        )
+        try:
+            model, info = kind.from_pretrained(path, attn_implementation=asked, **settings)
+        except (ValueError, ImportError) as error:
+            if asked == "eager" or not _is_about_attention(error):
+                raise
+            # transformers says so before it reads weights.
+            model, info = kind.from_pretrained(path, attn_implementation="eager", **settings)
+            logger.info("%s has no %s attention: model.attention=eager is used", type(model).__name__, asked)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise not_loadable(what, path, key, error) from None
     finally:
-        logging.set_verbosity(verbosity)
+        library.set_verbosity(verbosity)
+    rope.attach(model)
     return model.eval(), sorted(info["missing_keys"])
+
+
+def _is_about_attention(error: Exception) -> bool:
+    return any(word in str(error) for word in ("scaled_dot_product_attention", "attn_implementation", "flex_attention"))
 
 
 def _refuse_lacking(lacking: list[str], path: str, key: str, what: str) -> None:

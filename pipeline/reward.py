@@ -11,9 +11,10 @@ from torch import nn
 from pipeline.config import ConfigError, ModelConfig
 from pipeline.contracts import Batch, PolicyOut
 from pipeline.model import add_lora, merge_lora, recompute_layers, remove_dropout, unflatten
+from pipeline.packing import choose_layout
 from pipeline.pretrained import classifies, load_config, load_scorer, precision
 from pipeline.scalar_head import ScalarHead
-from pipeline.trunk import choose_layout, final_states
+from pipeline.trunk import final_states, trunk_of
 
 
 class RewardNetwork(nn.Module):
@@ -31,7 +32,7 @@ class RewardNetwork(nn.Module):
         self.lm = lm
         object.__setattr__(self, "_adapter", None)
         if config.lora is not None:
-            object.__setattr__(self, "_adapter", add_lora(lm.base_model, config.lora, "FEATURE_EXTRACTION"))
+            object.__setattr__(self, "_adapter", add_lora(trunk_of(lm), config.lora, "FEATURE_EXTRACTION"))
             lm.score.requires_grad_(True)
         if config.activation_checkpointing:
             recompute_layers(lm)

@@ -26,8 +26,8 @@ from pipeline.config import Attention, ConfigError, LatentConfig, ModelConfig, R
 from pipeline.contracts import Needs
 from pipeline.latent import PLACE, AssistantPrior, BlockPrior, Prior, Text, embeddings
 from pipeline.model_files import fingerprint, locate
+from pipeline.packing import refuses_embeddings
 from pipeline.pretrained import load_causal_lm
-from pipeline.trunk import refuses_embeddings
 
 logger = logging.getLogger(__name__)
 PRIOR, SETTINGS, WEIGHTS, ASSISTANT = "prior", "settings.json", "weights.safetensors", "assistant"

@@ -5,27 +5,25 @@ end. Policy, critic and reward model read their states here; each has a head of 
 
     flat      all rows behind each other, no padding: FlexAttention on a GPU, `attention` on a CPU
     rows      rows padded to the longest, under a dense mask: what any model takes that takes a mask
-    separate  each response as a row with its own copy of the prompt: for models that know causal order only
+    separate  each response as a row with its own copy of the prompt, padded on the right: for models that know causal order only
+    unpadded  the same, rows of one length at a time: for models whose states change with padding
 
-Left out: what becomes of a state (`model`, `critic`, `reward`).
+Left out: which layout a model takes (`packing`), and what becomes of a state (`model`, `critic`, `reward`).
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pipeline import attention, elementwise, last_layer, widening
-from pipeline.collate import collate, group_mask
-from pipeline.contracts import Batch, Row
+from pipeline import attention, last_layer, rope
+from pipeline.collate import group_mask
+from pipeline.contracts import Batch
+from pipeline.distributed import greatest
 
-Layout = Literal["flat", "rows", "separate"]
-logger = logging.getLogger(__name__)
+Layout = Literal["flat", "rows", "separate", "unpadded"]
 
 
 def pads(layout: Layout) -> bool:
@@ -51,23 +49,68 @@ def final_states(lm: nn.Module, batch: Batch, layout: Layout) -> Tensor:
     return _states(lm, batch, batch.input_ids, b, k, last, layout)
 
 
+def trunk_of(lm: nn.Module) -> nn.Module:
+    """The transformer below the output head; `lm` itself where it has none."""
+    return lm.base_model if lm.base_model is not lm else getattr(lm, "model", lm)
+
+
 def _states(lm: nn.Module, batch: Batch, inputs: Tensor, b: Tensor, k: Tensor, t: Tensor, layout: Layout) -> Tensor:
-    """The state at place t of packed row b, as response k sees it. Tokens or embeddings [B, T, …], indices [N] → [N, D]"""
+    """The state at place t of packed row b, as response k sees it. Tokens or embeddings [B, T, …], indices [N] → [N, D]
+
+    Responses on both sides of a border of `rope` cannot share a prompt: such a batch is computed as separate rows.
+    """
+    if layout in ("flat", "rows") and (limit := rope.border(lm)) is not None and _longest(batch) > limit:
+        layout = "separate"
     if layout == "flat":
         return _flat_states(lm, batch, inputs, b, t)
     if layout == "rows":
         return _run(lm, inputs, _masks(lm, _dense, batch), batch.position_ids)[b, t]
+    return _separate_states(lm, batch, inputs, b, k, t, padded=layout == "separate")
+
+
+def _longest(batch: Batch) -> int:
+    return int(batch.position_ids.max()) + 1
+
+
+def _separate_states(
+    lm: nn.Module, batch: Batch, inputs: Tensor, b: Tensor, k: Tensor, t: Tensor, padded: bool
+) -> Tensor:
     pairs = torch.stack([b, k], dim=-1).unique(dim=0)  # [M, 2]: the rows `[prompt | response k]`
     segment = batch.segment[pairs[:, 0]]
     own = (segment == 0) | (segment == pairs[:, 1:] + 1)  # [M, T]
     rows = [row[mask] for row, mask in zip(inputs[pairs[:, 0]], own, strict=True)]
-    apart = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    live = torch.arange(apart.shape[1], device=apart.device)[None] < own.sum(-1, keepdim=True)
-    hidden = _run(lm, apart, live.long())
+    hidden = (_padded if padded else _unpadded)(lm, rows)
     row_of = torch.full(batch.valid.shape, -1, device=b.device)
     row_of[pairs[:, 0], pairs[:, 1]] = torch.arange(len(pairs), device=b.device)
     row = row_of[b, k]
     return hidden[row, own.cumsum(-1)[row, t] - 1]
+
+
+def _padded(lm: nn.Module, rows: list[Tensor]) -> Tensor:
+    """Sequences [T_m, …] side by side, padded on the right → [M, T, D]."""
+    apart = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows], device=apart.device)[:, None]
+    places = torch.arange(apart.shape[1], device=apart.device)[None]
+    live = places < lengths
+    if rope.border(lm) is None:
+        return _run(lm, apart, live.long())
+    return _run(lm, apart, live.long(), torch.minimum(places, lengths - 1))  # padding makes no row longer
+
+
+def _unpadded(lm: nn.Module, rows: list[Tensor]) -> Tensor:
+    """Sequences [T_m, …], those of one length in one forward without a mask → [M, T, D], zeros behind each one."""
+    lengths = torch.tensor([len(row) for row in rows])
+    kinds = lengths.unique()
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    for length in kinds:
+        places = (lengths == length).nonzero()[:, 0].tolist()
+        hidden = _run(lm, torch.stack([rows[m] for m in places]))
+        for m, states in zip(places, hidden, strict=True):
+            found[m] = states
+    if any(hasattr(p, "ds_id") for p in lm.parameters()):  # ZeRO-3: all ranks gather each layer's weights equally often
+        for _ in range(greatest(len(kinds), rows[0].device) - len(kinds)):
+            found[0] = found[0] + 0 * _run(lm, rows[0][None, :1]).sum()
+    return nn.utils.rnn.pad_sequence(found, batch_first=True)
 
 
 def _flat_states(lm: nn.Module, batch: Batch, inputs: Tensor, b: Tensor, t: Tensor) -> Tensor:
@@ -81,11 +124,12 @@ def _flat_states(lm: nn.Module, batch: Batch, inputs: Tensor, b: Tensor, t: Tens
     return hidden[0].index_select(0, places)
 
 
-def _run(lm: nn.Module, inputs: Tensor, mask: Any, position_ids: Tensor | None = None) -> Tensor:
+def _run(lm: nn.Module, inputs: Tensor, mask: Any = None, position_ids: Tensor | None = None) -> Tensor:
     """The last hidden states [B, T, D] behind tokens [B, T] or embeddings [B, T, D]."""
     at = {} if position_ids is None else {"position_ids": position_ids}
     read = {"input_ids" if inputs.dim() == 2 else "inputs_embeds": inputs}
-    return lm.base_model(**read, attention_mask=mask, use_cache=False, **at).last_hidden_state
+    seen = {} if mask is None else {"attention_mask": mask}
+    return trunk_of(lm)(**read, **seen, use_cache=False, **at).last_hidden_state
 
 
 # --------------------------------------------------------------------------------------------------- masks
@@ -131,117 +175,3 @@ def _blocks(lm: nn.Module, batch: Batch, window: int | None) -> Any:
         return seen if window is None else seen & (position[query] - position[key] < window)
 
     return create_block_mask(visible, 1, None, len(row), len(row), device=row.device)
-
-
-# -------------------------------------------------------------------------------------------------- choice
-
-PROBE = [Row(0, [5, 11, 7], [[13, 4], [9, 3]]), Row(1, [2], [[8, 6, 12]])]
-"""Two tiny groups of different shape."""
-
-
-def probe_batch(lm: nn.Module, rows: Sequence[Row] = PROBE) -> Batch:
-    """`rows` within this model's vocabulary, on its device."""
-    size = lm.config.get_text_config().vocab_size
-
-    def within(ids: list[int]) -> list[int]:
-        return [i % size for i in ids]
-
-    return collate([Row(r.row_id, within(r.prompt_ids), list(map(within, r.response_ids))) for r in rows]).to(lm.device)
-
-
-def refuses_embeddings(lm: nn.Module) -> str | None:
-    """Why this model cannot read embeddings in place of tokens, or None: both give the same states."""
-    batch, was_training = probe_batch(lm), lm.training
-    lm.eval()
-    try:
-        with torch.no_grad(), uncompiled_attention(lm):
-            read = token_states(lm, batch, "separate", lm.get_input_embeddings()(batch.input_ids))
-            gap = (read - token_states(lm, batch, "separate")).abs().max().float()
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        return " ".join(str(error).split())[:200]
-    finally:
-        lm.train(was_training)
-    return None if gap <= (1e-3 if lm.dtype == torch.float32 else 0.05) else "they change what it computes"
-
-
-def choose_layout(lm: nn.Module) -> Layout:
-    """The cheapest layout that changes no state, and `lm` made ready for it. Says in the log why if it is `separate`.
-
-    Two tiny groups are computed each way: that costs milliseconds, and catches architectures that ignore masks or positions
-    (recurrent ones).
-    """
-    elementwise.attach(lm)
-    widening.attach(lm)
-    if lm.config._attn_implementation == "flex_attention":
-        _allow_variants()
-    with torch.no_grad():
-        batch = probe_batch(lm)
-        was_training = lm.training
-        lm.eval()
-        try:
-            with uncompiled_attention(lm):
-                exact = token_states(lm, batch, "separate")
-            reason = None
-            for layout in _candidates(lm):
-                reason = _try(lm, batch, layout, exact)
-                if reason is None:
-                    return layout
-        finally:
-            lm.train(was_training)
-    _uncompile(lm)
-    logger.warning("%s: each response is computed with its own copy of the prompt (%s)", type(lm).__name__, reason)
-    return "separate"
-
-
-@contextmanager
-def uncompiled_attention(lm: nn.Module) -> Iterator[None]:
-    """With an attention that every processor has: FlexAttention's kernels are compiled, and not for every CPU."""
-    asked = lm.config._attn_implementation
-    _uncompile(lm)
-    try:
-        yield
-    finally:
-        if asked == "flex_attention":
-            lm.set_attn_implementation(asked)
-
-
-def _uncompile(lm: nn.Module) -> None:
-    if lm.config._attn_implementation == "flex_attention":
-        lm.set_attn_implementation("sdpa" if getattr(lm, "_supports_sdpa", False) else "eager")
-
-
-def _allow_variants() -> None:
-    """FlexAttention is compiled for each kind of layer, device, shape and mode; beyond dynamo's limit of 8 it would run unfused, with
-    all scores in memory."""
-    import torch._dynamo
-
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-
-
-def _candidates(lm: nn.Module) -> list[Layout]:
-    asked = lm.config._attn_implementation
-    on_cpu = asked == "sdpa" and not torch.cuda.is_available()
-    return ["flat", "rows"] if on_cpu or asked == "flex_attention" else ["rows"]
-
-
-def _try(lm: nn.Module, batch: Batch, layout: Layout, exact: Tensor) -> str | None:
-    """None where the states are `exact`, relative to their size; else the reason why they are not."""
-    asked = lm.config._attn_implementation
-    try:
-        if layout == "flat" and asked == "sdpa":
-            attention.register()
-            lm.set_attn_implementation(attention.GROUPS)
-        if layout == "flat":
-            last_layer.attach(lm)
-        else:
-            _uncompile(lm)
-        states = token_states(lm, batch, layout)
-    except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError) as error:
-        reason = f"it does not accept a block mask: {' '.join(str(error).split())[:200]}"
-    else:
-        gap = float((exact.float() - states.float()).abs().max() / exact.abs().max().float().clamp(min=1e-6))
-        if gap <= (1e-3 if lm.dtype == torch.float32 else 0.05):
-            return None
-        reason = f"its hidden states change by {gap:.2g} of their size under a block mask"
-    lm.set_attn_implementation(asked)
-    return reason

@@ -12,7 +12,8 @@ from pipeline import attention, last_layer
 from pipeline.collate import collate
 from pipeline.contracts import Row
 from pipeline.model import recompute_layers
-from pipeline.trunk import choose_layout, token_states
+from pipeline.packing import choose_layout
+from pipeline.trunk import token_states
 
 SIZES = {
     "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},

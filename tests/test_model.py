@@ -13,7 +13,8 @@ from pipeline.collate import collate
 from pipeline.config import ConfigError, LoraSection
 from pipeline.contracts import Row
 from pipeline.model import OutputHead, Policy
-from pipeline.trunk import refuses_embeddings, token_states
+from pipeline.packing import refuses_embeddings
+from pipeline.trunk import token_states
 
 BASE = {
     "vocab_size": 97,

@@ -14,7 +14,8 @@ from pipeline import widening
 from pipeline.attention import group_attention, pack
 from pipeline.config import LoraSection
 from pipeline.model import add_lora
-from pipeline.trunk import choose_layout, probe_batch, token_states
+from pipeline.packing import choose_layout, probe_batch
+from pipeline.trunk import token_states
 from pipeline.widening import FEW, attach
 
 BF16 = torch.bfloat16

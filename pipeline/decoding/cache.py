@@ -8,6 +8,7 @@ they share. Sliding-window and recurrent layers stay the library's own.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,9 +77,18 @@ def new_cache(model: nn.Module) -> DynamicCache:
 def forked(cache: DynamicCache, rows: Tensor) -> DynamicCache:
     """A cache of these rows [A'], any of them several times; the original can go on as if nothing had happened."""
     fork = copy.copy(cache)
-    fork.layers = [copy.copy(layer) for layer in cache.layers]
+    fork.layers = [_copied(layer) for layer in cache.layers]
     fork.reorder_cache(rows)
     return fork
+
+
+def _copied(layer: Any) -> Any:
+    """With dictionaries of its own, in which recurrent layers keep their states."""
+    found = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            setattr(found, name, dict(value))
+    return found
 
 
 def exchange(cache: DynamicCache, rows: Tensor, since: int) -> None:

@@ -15,7 +15,7 @@ from pipeline.config import ConfigError, RunConfig
 from pipeline.decoding.contract import Role
 from pipeline.evaluation.scorers import judge_for
 from pipeline.export import weights_of
-from pipeline.pretrained import load_config, load_tokenizer, precision
+from pipeline.pretrained import check_kind, load_config, load_tokenizer, precision
 from pipeline.thinker import load_thinker
 
 KEYS: dict[Role, str] = {
@@ -68,6 +68,8 @@ def _check_tokens(config: RunConfig, found: Mapping[Role, str], tokenizer: str) 
         size = load_config(path, trust, key).get_text_config().vocab_size
         return load_tokenizer(path, trust, key).get_vocab(), size
 
+    for role, path in found.items():
+        check_kind(load_config(path, trust, KEYS[role]), path, KEYS[role])
     wanted, known = tokens(tokenizer, "model.path"), {tokenizer}
     for role, path in found.items():
         if path not in known and tokens(path, KEYS[role]) != wanted:
