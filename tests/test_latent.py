@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline import trunk
+from pipeline import packing, trunk
 from pipeline.collate import collate
 from pipeline.config import ConfigError, LatentConfig, LoraSection, ModelConfig
 from pipeline.contracts import Batch, Needs, Row
@@ -113,7 +113,7 @@ def test_packed_rows_with_thoughts_equal_plain_ones(name: str, attention: str, p
 def test_separate_rows_read_the_same_thoughts(monkeypatch: pytest.MonkeyPatch) -> None:
     lm, maker = build("llama"), block()
     packed = thinking(lm, maker)(collate(ROWS)).logprobs
-    monkeypatch.setattr(trunk, "_candidates", lambda lm: [])
+    monkeypatch.setattr(packing, "_candidates", lambda lm: [])
     policy = thinking(lm, maker)
     assert policy.layout == "separate"
     torch.testing.assert_close(policy(collate(ROWS)).logprobs, packed, atol=2e-5, rtol=1e-4)
