@@ -76,7 +76,7 @@ def check_model(config: RunConfig, path: str, key: str, tokenizer: bool = False)
     folder = Path(path).expanduser()
     if not (folder / RUN_FILE).is_file() and not (folder / checkpoint.STATE).is_file():
         found = locate(path, Path(config.storage) / "cache", key)
-        load_config(found, config.model.trust_remote_code, key)
+        check_kind(load_config(found, config.model.trust_remote_code, key), found, key)
         if tokenizer:
             load_tokenizer(found, config.model.trust_remote_code, key)
 
