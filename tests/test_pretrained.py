@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import MambaConfig
+from transformers import AutoConfig, MambaConfig
 
 from pipeline import driver
 from pipeline.config import ConfigError
-from pipeline.pretrained import _attention, load_causal_lm, load_tokenizer, precision, settled
+from pipeline.pretrained import _attention, check_kind, load_causal_lm, load_tokenizer, precision, settled
 
 from .conftest import save_tiny_llama
+from .tiny_architectures import tiny_lm
 
 
 @pytest.fixture
@@ -131,3 +132,26 @@ def test_a_run_is_the_same_whoever_settles_its_settings(make_config) -> None:
     assert config != settled(config)
     runs = [driver.open_run(own, driver.prepare(own, local=True))[0] for own in (config, settled(config))]
     assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("t5", "an encoder–decoder model"), ("bart", "an encoder–decoder model"), ("vit", "no causal language model")],
+)
+def test_models_of_other_kinds_are_refused_in_one_line(tmp_path, name, what) -> None:
+    config = AutoConfig.for_model(name)
+    with pytest.raises(
+        ConfigError, match=f"^model\\.path: somewhere is {what} \\({name}\\); name a decoder-only"
+    ) as caught:
+        check_kind(config, "somewhere")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gptj", "bloom", "mamba", "gpt_oss"])
+def test_a_model_without_the_asked_attention_gets_one_that_it_has(tmp_path, name) -> None:
+    lm = tiny_lm(name)
+    lm.save_pretrained(tmp_path)
+    loaded = load_causal_lm(str(tmp_path), torch.float32, "sdpa")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, lm(input_ids=ids).logits)
