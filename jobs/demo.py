@@ -19,6 +19,7 @@ from jobs.sentiment import pairs, review_prefixes
 from pipeline.config import RunConfig, digest
 from pipeline.config_file import validate
 from pipeline.driver import Result, fit
+from pipeline.durable import read_json, write_json, write_text
 from pipeline.evaluation.samples import Samples, draw, kl_to_reference
 from pipeline.report.falling import FALLING, chosen_falls
 from pipeline.tracking import Tracker
@@ -55,12 +56,13 @@ def run(config: RunConfig, options: argparse.Namespace) -> None:
         table, samples = compare(setting, result, options.local)
         tracker.log_summary({f"demo/{name}": value for name, value in table.items()})
         tracker.log_text(samples, "before_after.txt")
-        (result.run / "demo.json").write_text(json.dumps(table, indent=1))
-        (result.run / "before_after.txt").write_text(samples)
+        write_json(result.run / "demo.json", table)
+        write_text(result.run / "before_after.txt", samples)
 
     result = fit(setting.config, options.local, report)
     print((result.run / "before_after.txt").read_text())
-    print(show(json.loads((result.run / "demo.json").read_text()), setting.held_out_pairs))
+    remedy = f"delete {result.run}, then the same command trains again"
+    print(show(read_json(result.run / "demo.json", dict[str, float], remedy), setting.held_out_pairs))
     if chosen_falls(result.metrics):
         print(f"\n{FALLING}")
     if result.already_finished:
@@ -121,7 +123,7 @@ def write(config: RunConfig, records: list[dict[str, str]]) -> Path:
     """A jsonl file named by its content."""
     path = Path(config.storage) / "demo" / f"pairs-{digest(records)}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
     return path
 
 

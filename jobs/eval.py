@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.durable import write_json
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def run(config: RunConfig, options: argparse.Namespace) -> None:
     for skipped in evaluation.skipped:
         print(f"not measured: {skipped.what} ({skipped.reason})", file=sys.stderr)
     if options.json:
-        options.json.write_text(json.dumps(evaluation.numbers(), indent=1, ensure_ascii=False) + "\n")
+        write_json(options.json, evaluation.numbers())
     print(f"written {path}")
 
 

@@ -20,15 +20,13 @@ import os
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.durable import digest_file, discard, write_json
-from pipeline.errors import UserError
+from pipeline.durable import Corrupt, digest_file, discard, read_json, replacing, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +34,6 @@ FOLDER, STATE, MANIFEST, SEAL = "checkpoints", "state.json", "manifest.json", ".
 _NAME = re.compile(r"step-\d{8,}")
 BLOCK_BYTES = 2**26
 """Of a tensor that are written and flushed at a time."""
-
-
-class Corrupt(UserError, ValueError):
-    """A file of a run that is not what it was: names it and says what is wrong with it."""
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -55,23 +49,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], beat: Callable[[], 
     """
     import xxhash
 
-    aside, content = path.with_name(f".{path.name}.new"), xxhash.xxh3_128()
-    try:
-        with aside.open("wb", buffering=0) as file:
-            for block in _blocks(tensors):
-                content.update(block)
-                left = memoryview(block)
-                while left:
-                    left = left[file.write(left) :]
-                os.fsync(file.fileno())
-                beat()
-            size = file.tell()
-        aside.rename(path)
-    except OSError:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise
-    path.with_name(path.name + SEAL).write_text(json.dumps({"size": size, "xxh3": content.hexdigest()}))
+    content = xxhash.xxh3_128()
+    with replacing(path) as aside, aside.open("wb", buffering=0) as file:
+        for block in _blocks(tensors):
+            content.update(block)
+            left = memoryview(block)
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+            beat()
+        size = file.tell()
+    write_json(path.with_name(path.name + SEAL), {"size": size, "xxh3": content.hexdigest()})
 
 
 def _blocks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -114,7 +102,7 @@ def finish(folder: Path, state: Mapping[str, Any]) -> None:
         if path.name.endswith(SEAL) or path.name == MANIFEST or path.name.startswith("."):
             continue
         seal = path.with_name(path.name + SEAL)
-        entries[path.name] = json.loads(seal.read_text()) if seal.exists() else _entry(path)
+        entries[path.name] = _described(seal) if seal.exists() else _entry(path)
         if path.stat().st_size != entries[path.name]["size"]:
             raise Corrupt(f"{path}: its writer sealed another size; is the storage shared by all workers?")
         seal.unlink(missing_ok=True)
@@ -123,6 +111,11 @@ def finish(folder: Path, state: Mapping[str, Any]) -> None:
 
 def _entry(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "xxh3": digest_file(path)}
+
+
+def _described(seal: Path) -> dict[str, Any]:
+    check = lambda entry: {"size": int(entry["size"]), "xxh3": str(entry["xxh3"])}  # noqa: E731
+    return read_json(seal, check, "the same command goes on from the checkpoint before")
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -162,13 +155,9 @@ def best(run: Path) -> Path | None:
 def verify(folder: Path) -> None:
     """Compare every file with the manifest. Raises Corrupt."""
     try:
-        files = json.loads((folder / MANIFEST).read_bytes())["files"]
-        entries = {str(name): (int(entry["size"]), str(entry["xxh3"])) for name, entry in files.items()}
-        _ = entries[STATE]
+        entries = read_json(folder / MANIFEST, _checked_entries)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise Corrupt(f"{folder / MANIFEST}: missing") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise Corrupt(f"{folder / MANIFEST}: unreadable") from None
     if unknown := {path.name for path in folder.glob("*.safetensors")} - entries.keys():
         raise Corrupt(f"{folder / min(unknown)}: not in the manifest")
     for name, (size, digest) in entries.items():
@@ -183,13 +172,20 @@ def verify(folder: Path) -> None:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """What `finish` was given. Raises Corrupt when it is no such thing."""
-    try:
-        state = json.loads((folder / STATE).read_bytes())
-        if not isinstance(state, dict) or type(state["step"]) is not int:
-            raise ValueError("no step")
-    except (ValueError, KeyError, RecursionError):
-        raise Corrupt(f"{folder / STATE}: unreadable") from None
-    return state
+    return read_json(folder / STATE, _checked_state, "delete the checkpoint, or name another one")
+
+
+def _checked_entries(found: Any) -> dict[str, tuple[int, str]]:
+    """Size and checksum of each file of a checkpoint."""
+    entries = {str(name): (int(entry["size"]), str(entry["xxh3"])) for name, entry in found["files"].items()}
+    _ = entries[STATE]
+    return entries
+
+
+def _checked_state(state: Any) -> dict[str, Any]:
+    if type(state["step"]) is not int:
+        raise TypeError("a step is a number")
+    return dict(state)
 
 
 def read_tensors(folder: Path, kind: str) -> Iterator[tuple[str, Tensor]]:

@@ -10,8 +10,9 @@ import json
 import logging
 from functools import cache as once
 from pathlib import Path
+from typing import Any
 
-from pipeline.durable import digest_file, write_json
+from pipeline.durable import WRITER, digest_file, recall_json, write_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +23,9 @@ TEXTS = frozenset({".json", ".jinja", ".txt", ".md", ".py"})
 
 def seal(folder: Path) -> None:
     """Write the checksums of all files in a folder that is complete otherwise."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FILE)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (FILE, WRITER))
     lines = [f"{digest_file(path)}  {path.relative_to(folder)}\n" for path in files]
-    (folder / FILE).write_text("".join(lines), encoding="utf-8")
+    write_text(folder / FILE, "".join(lines))
 
 
 def damage(folder: Path, cache: Path) -> str | None:
@@ -65,16 +66,20 @@ def _digests(files: dict[str, Path], cache: Path) -> dict[str, str]:
     stats = {name: path.stat() for name, path in files.items()}
     keys = {name: f"{files[name].resolve()}|{s.st_size}|{s.st_mtime_ns}|{s.st_ctime_ns}" for name, s in stats.items()}
     memo = cache / MEMO
-    try:
-        known = dict(json.loads(memo.read_bytes()))
-    except (OSError, ValueError, TypeError):
-        known = {}  # read again, which costs seconds
+    known = recall_json(memo, checked_digests) or {}
     fresh = {key: digest_file(files[name]) for name, key in keys.items() if key not in known}
     if fresh:
         cache.mkdir(parents=True, exist_ok=True)
         write_json(memo, known | fresh)
     known |= fresh
     return {name: known[key] for name, key in keys.items()}
+
+
+def checked_digests(memo: Any) -> dict[str, str]:
+    """Remembered digests of files; raises what `durable.read_json` takes for damage."""
+    if not all(isinstance(digest, str) for digest in memo.values()):
+        raise TypeError("digests are text")
+    return dict(memo)
 
 
 def _is_text(path: Path) -> bool:

@@ -24,14 +24,14 @@ import pyarrow as pa
 from pipeline.chat import Chat
 from pipeline.config import DataConfig, RunConfig, digest
 from pipeline.contracts import ROW_SCHEMA
-from pipeline.durable import digest_file, write_json
+from pipeline.durable import clear_leftovers, digest_file, recall_json, replacing, write_json
 from pipeline.errors import UserError
 from pipeline.layouts import parse
 from pipeline.pretrained import load_tokenizer
 from pipeline.records import Dialogue, Record
 from pipeline.redaction import redacted
 from pipeline.rendering import Renderer
-from pipeline.rows import finish, is_finished, manifest, part_of, write_tables
+from pipeline.rows import MANIFEST, StaleCache, finish, is_finished, manifest, part_of, write_tables
 from pipeline.sources import Chunk, RawRecord, plan, read
 from pipeline.stage import Item, Resources, run_stage
 
@@ -92,12 +92,14 @@ class PrepareChunk:
     def __call__(self, item: Item) -> Item:
         number = item["number"]
         counts, part = self.folder / f"counts-{number:06d}.json", part_of(self.folder, number)
-        if counts.is_file() and part.is_file():  # written last: an earlier, interrupted call finished this chunk
-            known = json.loads(counts.read_text())
-            if known["part"] == digest_file(part):
-                return known
+        known = recall_json(counts, _checked_counts)  # written last: an earlier, interrupted call finished this chunk
+        if known is not None and part.is_file() and known["part"] == digest_file(part):
+            return known
         rows, bad, tally = 0, Counter[str](), Counter[str]()
-        with (self.folder / f"quarantine-{number:06d}.jsonl").open("w", encoding="utf-8") as quarantine:
+        with (
+            replacing(self.folder / f"quarantine-{number:06d}.jsonl") as aside,
+            aside.open("w", encoding="utf-8") as quarantine,
+        ):
 
             def tables() -> Iterator[pa.Table]:
                 nonlocal rows
@@ -112,6 +114,14 @@ class PrepareChunk:
         result = {"part": digest_file(part), "rows": rows, "bad": dict(bad), "tally": dict(tally)}
         write_json(counts, result)
         return result
+
+
+def _checked_counts(known: Any) -> dict[str, Any]:
+    """The counts of a chunk as `summarise` reads them; raises what `durable.read_json` takes for damage."""
+    numbers = [known["rows"], *known["bad"].values(), *known["tally"].values()]
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise TypeError("counts are numbers")
+    return {"part": str(known["part"]), "rows": known["rows"], "bad": known["bad"], "tally": known["tally"]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,8 +247,9 @@ def prepare(config: RunConfig, model: str, local: bool = False) -> Path:
     Raises ConfigError when a source cannot be found (before any cluster work), DataError when too many records are bad.
     """
     folder, chunks = _planned(config, model)
-    if not is_finished(folder):
+    if not _is_whole(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        clear_leftovers(folder)
         _write(config, chunks, folder, model, local)
     refuse(config.data, summary(folder), f"see {folder / QUARANTINE}")
     return folder
@@ -290,9 +301,9 @@ def _write(config: RunConfig, chunks: list[Chunk], folder: Path, model: str, loc
             unit="chunk",
         )
     )
-    with (folder / QUARANTINE).open("wb") as whole:
-        for part in sorted(folder.glob("quarantine-*.jsonl")):
-            with part.open("rb") as stream:
+    with replacing(folder / QUARANTINE) as aside, aside.open("wb") as whole:
+        for number in range(len(chunks)):
+            with (folder / f"quarantine-{number:06d}.jsonl").open("rb") as stream:
                 shutil.copyfileobj(stream, whole)
     found = summarise(results)
     assert found.records == sum(chunk.records for chunk in chunks), "a record is unaccounted for"
@@ -318,8 +329,20 @@ def summarise(chunks: list[dict[str, Any]]) -> Summary:
 
 
 def summary(folder: Path) -> Summary:
-    """The summary of a finished rows folder."""
-    return Summary(**manifest(folder)["summary"])
+    """The summary of a finished rows folder. Raises rows.StaleCache."""
+    try:
+        return Summary(**manifest(folder)["summary"])
+    except (KeyError, TypeError):
+        raise StaleCache(f"{folder / MANIFEST}: damaged; delete {folder} and run `qalign prepare` again") from None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the folder is finished, and says of what."""
+    try:
+        summary(folder)
+    except StaleCache:
+        return False
+    return is_finished(folder)
 
 
 def refuse(data: DataConfig, found: Summary, hint: str) -> None:

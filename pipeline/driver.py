@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline import checkpoint, cluster, data, preflight, reference
+from pipeline import checkpoint, checksums, cluster, data, preflight, reference
 from pipeline.config import ConfigError, RunConfig, digest
-from pipeline.durable import write_json
+from pipeline.durable import recall_json, write_json
 from pipeline.errors import Leaving
-from pipeline.export import EXPORT, RUN_FILE, export, mend_export
-from pipeline.fencing import Lease
+from pipeline.export import EXPORT, RUN_FILE, export, mend_export, run_settings
 from pipeline.gauges import Gauges
+from pipeline.lease import Lease
 from pipeline.loop import Job, train_worker
 from pipeline.model_files import fingerprint, locate
 from pipeline.order import Plan
@@ -110,17 +110,42 @@ def fit(config: RunConfig, local: bool = False, report: Callable[[Result, Tracke
     config = settled(config)
     prepared = prepare(config, local, train=True, work="later")
     run, identity = open_run(config, prepared)
+    if (known := _finished(config, prepared, run, identity)) is not None:
+        return known
+    with Lease(run) as lease:
+        mend_export(str(run), Path(config.storage) / "cache", "storage", config.model.trust_remote_code)
+        # Another driver may have ended the run while this one waited for the lease.
+        known = _finished(config, prepared, run, identity)
+        return known or _fit(config, prepared, lease, local, start(config, run, identity), report)
+
+
+def _finished(config: RunConfig, prepared: Prepared, run: Path, identity: str) -> Result | None:
+    """The result of a run of which everything is done, told and whole."""
+    if not (run / EXPORT).is_dir() or checksums.damage(run / EXPORT, Path(config.storage) / "cache") is not None:
+        return None
     tracker = start(config, run, identity)
-    mend_export(str(run), Path(config.storage) / "cache", "storage", config.model.trust_remote_code)
+    if tracker.owes("FINISHED"):
+        return None
+    return Result(prepared, run, run / EXPORT, last_metrics(run), tracker.location, already_finished=True)
+
+
+def _fit(
+    config: RunConfig,
+    prepared: Prepared,
+    lease: Lease,
+    local: bool,
+    tracker: Tracker,
+    report: Callable[[Result, Tracker], None] | None,
+) -> Result:
+    """`fit` by the driver that has the lease: nobody else writes to the run or tells of it."""
+    run = lease.run
     finished, status = (run / EXPORT).is_dir(), "FAILED"
-    if finished and not tracker.owes("FINISHED"):
-        return Result(prepared, run, run / EXPORT, last_metrics(run), tracker.location, already_finished=True)
     try:
         if finished:  # the driver was killed behind the export, or MLflow was away
             tracker.log_config(config.dump())
             _tell_steps(tracker, run)
         else:
-            _train(config, prepared, run, tracker, local)
+            _train(config, prepared, lease, tracker, local)
             newest = checkpoint.latest(run)
             assert newest is not None
             export(config, newest, prepared.model, run / EXPORT, prepared.rows)
@@ -134,14 +159,15 @@ def fit(config: RunConfig, local: bool = False, report: Callable[[Result, Tracke
         status = "KILLED"
         raise
     finally:
-        tracker.finish(status)
+        if not lease.lost:
+            tracker.finish(status)
     return result
 
 
 def open_run(config: RunConfig, prepared: Prepared) -> tuple[Path, str]:
     """The run's folder and identity; made if it is new."""
     run, identity = run_of(config, prepared)
-    if not (run / RUN_FILE).is_file():
+    if recall_json(run / RUN_FILE, run_settings) is None:
         run.mkdir(parents=True, exist_ok=True)
         write_json(run / RUN_FILE, {"identity": identity, "model": prepared.model, "config": config.dump()})
     return run, identity
@@ -192,10 +218,10 @@ def run_of(config: RunConfig, prepared: Prepared) -> tuple[Path, str]:
     return storage / "runs" / f"{config.name}-{identity}", identity
 
 
-def job_for(config: RunConfig, prepared: Prepared, run: Path) -> Job:
-    """What the workers of this run are told."""
+def job_for(config: RunConfig, prepared: Prepared, run: Path, owner: str | None = None) -> Job:
+    """What the workers of this run are told. owner: the token of the driver's lease."""
     frozen = prepared.frozen if config.objective.needed().kl != "none" else None
-    return Job(config, run, prepared.rows, prepared.reference, prepared.model, frozen, prepared.states)
+    return Job(config, run, prepared.rows, prepared.reference, prepared.model, frozen, prepared.states, owner)
 
 
 def last_metrics(run: Path) -> dict[str, float]:
@@ -226,8 +252,9 @@ def _log_data(tracker: Tracker, rows: Path, left_out: int) -> None:
         tracker.log_artifact(rows / data.QUARANTINE)
 
 
-def _train(config: RunConfig, prepared: Prepared, run: Path, tracker: Tracker, local: bool) -> None:
-    job = job_for(config, prepared, run)
+def _train(config: RunConfig, prepared: Prepared, lease: Lease, tracker: Tracker, local: bool) -> None:
+    run = lease.run
+    job = job_for(config, prepared, run, lease.owner)
     rows = Rows(prepared.rows)
     split = rows.split(config.data, config.seed)
     if split.left_out:
@@ -246,14 +273,17 @@ def _train(config: RunConfig, prepared: Prepared, run: Path, tracker: Tracker, l
     gauges = None if local else Gauges(run, plan.total_steps)
 
     def told(step: int, metrics: dict[str, float]) -> None:
+        if lease.lost:
+            return
         tracker.log_metrics(step, metrics)
         if gauges is not None:
             gauges.step(step, metrics)
 
     tick = (lambda: None) if gauges is None else gauges.tick
     scoring = nullcontext(None) if prepared.scoring is None else prepared.scoring.while_training()
-    with scoring as score, Lease(run), Monitor(run, plan.total_steps, told, introduce, tick):
+    with scoring as score, Monitor(run, plan.total_steps, told, introduce, tick):
         if local:
             train_worker(job.plain(), score=score)
         else:
             train_on_ray(job)
+    lease.confirm()

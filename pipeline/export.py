@@ -7,12 +7,7 @@ trained (`export_check`) and carries checksums (`checksums`).
 from __future__ import annotations
 
 import gc
-import json
 import logging
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +21,7 @@ from pipeline.config import ConfigError, ModelConfig, RunConfig
 from pipeline.config_file import validate
 from pipeline.contracts import PolicyOut
 from pipeline.critic import CRITIC, load_critic, load_trained_critic, merge_critic, save_critic
+from pipeline.durable import building, discard, read_json
 from pipeline.export_check import compare, critic_values, exported_values, probe_rows, read, trained_values
 from pipeline.generation import own_stop_ids, save_model
 from pipeline.model import Policy, load_policy
@@ -49,7 +45,8 @@ def export(config: RunConfig, folder: Path, model: str, target: Path, rows: Path
     target = target.expanduser().absolute()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{target}: exists and is not empty; name a new folder to export to")
-    with _building(target) as aside:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with building(target) as aside:
         _Exporter(config, folder, model, rows).write(aside)
         checksums.seal(aside)
     return target
@@ -138,19 +135,6 @@ class _Exporter:
         )
 
 
-@contextmanager
-def _building(target: Path) -> Iterator[Path]:
-    """A folder to fill beside `target`, which becomes it; after an error it is gone."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield aside
-        aside.chmod(0o755)
-        aside.rename(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
 def _round(module: nn.Module, dtype: torch.dtype) -> None:
     """Parameters in another precision. Buffers stay: rotary frequencies are nothing that was trained, or is saved."""
     for p in module.parameters():
@@ -174,6 +158,13 @@ def _trained(network: nn.Module) -> dict[str, nn.Parameter]:
 
 RUN_FILE = "run.json"
 EXPORT, EXPORTS = "export", "exports"
+
+
+def run_settings(found: Any) -> dict[str, Any]:
+    """What a run's file says: identity, model, config; raises what `durable.read_json` takes for damage."""
+    sections = {name: dict(found["config"][name]) for name in ("data", "model", "objective", "optimizer", "train")}
+    config = {**found["config"], **sections}
+    return {"identity": str(found["identity"]), "model": str(found["model"]), "config": config}
 
 
 def weights_of(path: str, cache: Path, key: str = "checkpoint_from", trust_remote_code: bool = False) -> str:
@@ -219,9 +210,9 @@ def mend_export(path: str, cache: Path, key: str, trust_remote_code: bool = Fals
         kept = folder.with_name(f"{folder.name}-damaged")
         logger.warning("%s is damaged (%s): exported again from %s, kept as %s", folder, wrong, source, kept.name)
         fresh = folder.with_name(f".{folder.name}-again")
-        shutil.rmtree(fresh, ignore_errors=True)
+        discard(fresh)
         _export_again(run, source, fresh, trust_remote_code)
-        shutil.rmtree(kept, ignore_errors=True)
+        discard(kept)
         folder.rename(kept)
         fresh.rename(folder)
 
@@ -242,6 +233,8 @@ def _source(run: Path, folder: Path) -> Path | None:
 
 def _export_again(run: Path, folder: Path, target: Path, trust_remote_code: bool) -> None:
     """Export a checkpoint of a run with the settings that the run notes."""
-    made_by = unsealed(json.loads((run / RUN_FILE).read_text()))
+    made_by = unsealed(
+        read_json(run / RUN_FILE, run_settings, "`qalign train` with this run's configuration writes it anew")
+    )
     made_by["config"]["model"]["trust_remote_code"] = trust_remote_code
     export(validate(made_by["config"]), folder, made_by["model"], target)

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -21,6 +20,7 @@ import pyarrow as pa
 from fsspec.core import url_to_fs
 
 from pipeline.config import ConfigError, Source, digest
+from pipeline.durable import replacing
 from pipeline.redaction import redact, without_credentials
 
 ENDINGS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
@@ -175,9 +175,8 @@ def _copied(source: Source, key: str, work: Path, saved: str | None) -> File:
     path = Path(work).resolve() / f"datasets-{name}.parquet"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as aside:
-            data.to_parquet(f"{aside}/data.parquet")
-            os.replace(f"{aside}/data.parquet", path)
+        with replacing(path) as aside:
+            data.to_parquet(str(aside))
     return File(str(path), "parquet", f"{source.path.rstrip('/').rpartition('/')[2]}[{source.split}]")
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from pipeline.contracts import Batch, Mean, Objective, TermGroup
 from pipeline.distributed import agree, process_group
 from pipeline.errors import UserError
 from pipeline.evaluation import held_out
-from pipeline.fencing import next_attempt
 from pipeline.learner import Learner
+from pipeline.lease import is_taken_over
 from pipeline.metrics import Sums, all_sum, batch_metrics
 from pipeline.notice import Notice
 from pipeline.order import Plan, costs_of, micro_batches
@@ -126,6 +127,7 @@ class Job:
     model: str  # located weights (a hub name or folder)
     frozen: str | None = None  # the reference's, for objectives that need its whole distribution
     states: Path | None = None  # its hidden states, where they are cached
+    owner: str | None = None  # the driver's token in the run's lease; None: whoever has it
 
     def plain(self) -> dict[str, Any]:
         paths = {
@@ -135,13 +137,13 @@ class Job:
             "states": str(self.states) if self.states else None,
         }
         config = urls_without_credentials(self.config.dump())  # they open no source and no tracking server
-        return {"config": config, "model": self.model, "frozen": self.frozen, **paths}
+        return {"config": config, "model": self.model, "frozen": self.frozen, "owner": self.owner, **paths}
 
     @classmethod
     def parse(cls, plain: dict[str, Any]) -> Job:
         reference, states = (Path(plain[name]) if plain[name] else None for name in ("reference", "states"))
         paths = Path(plain["run"]), Path(plain["rows"]), reference
-        return cls(validate(plain["config"]), *paths, plain["model"], plain["frozen"], states)
+        return cls(validate(plain["config"]), *paths, plain["model"], plain["frozen"], states, plain["owner"])
 
 
 def train_worker(
@@ -154,7 +156,7 @@ def train_worker(
 
     `stop` is asked on rank 0 after each step: where it says so, all ranks return there, with no checkpoint of that step.
     `draining` is asked on all ranks: see `notice`. `score` scores rows with the reference whose turn has come; default: wait for
-    those who do. Raises `Diverged` on a non-finite loss, `fencing.Superseded` when a newer
+    those who do. Raises `Diverged` on a non-finite loss, `lease.Superseded` when a newer
     attempt has taken over the run, `patience.StorageFailed` when the storage is full or out of reach for too long, and
     `Leaving` when this worker was told to end.
     """
@@ -165,8 +167,8 @@ def train_worker(
     with process_group(job.config) as device, ExitStack() as stack:
         rank = dist.get_rank()
         if rank == 0:
-            stack.enter_context(log_to(job.run / LOG_FILE))
-        events = stack.enter_context(RunLog(job.run, rank, dist.get_world_size()))
+            stack.enter_context(log_to(job.run / LOG_FILE, partial(is_taken_over, job.run, job.owner)))
+        events = stack.enter_context(RunLog(job.run, rank, dist.get_world_size(), job.owner))
         together = group.WORLD.get_group_store().clone() if timeout and dist.get_world_size() > 1 else None
         watchdog = Watchdog(timeout, f"rank {rank}", job.run / LOG_FILE, job.run / f"stacks-{rank}.txt", together)
         beat = stack.enter_context(watchdog).beat
@@ -186,15 +188,16 @@ def _train(
     rows = Rows(job.rows, job.reference, job.states, growing=True)
     split = rows.split(config.data, config.seed)
     plan = Plan(config, rows.lengths[split.train])
-    saver = Saver.begin(job.run, config.checkpoint, beat)
+    saver = Saver.begin(job.run, config.checkpoint, beat, job.owner)
     if rank == 0 and (news := _news(last_start(job.run), saver.step)):
         tell(job.run, news)
-    events.start(next_attempt(job.run) - 1, saver.step, plan.total_steps)
+    events.start(saver.number, saver.step, plan.total_steps)
     own = unshared(config, dist.get_world_size())
     learner = Learner.start(own, job.model, job.frozen, device, saver.resume, cached=job.states is not None)
     learner.beat = beat
     watch = Watch(config.objective, saver.metrics, config.train.skip_nan)
-    log = MetricsFile(job.run / METRICS_FILE, saver.step, config.checkpoint.patience, beat) if rank == 0 else None
+    patience = config.checkpoint.patience
+    log = MetricsFile(job.run / METRICS_FILE, saver.step, patience, beat, saver.current) if rank == 0 else None
     try:
         with _closed(learner), saver:
             for step in range(saver.step, plan.total_steps):

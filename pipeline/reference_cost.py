@@ -8,13 +8,12 @@ Left out: writing the cache (`reference`) and reading it (`rows`).
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 
 from pipeline.collate import collate
 from pipeline.config import RunConfig
-from pipeline.durable import write_json
+from pipeline.durable import recall_json, write_json
 from pipeline.order import micro_batches
 from pipeline.reference import ScoreRows, actor_arguments, actor_resources, cache_of
 from pipeline.rows import Rows, write_part
@@ -99,9 +98,10 @@ def keeps_states(config: RunConfig, rows_folder: Path, model: str, local: bool =
 def _choose(config: RunConfig, rows_folder: Path, model: str, folder: Path, local: bool) -> str:
     note = folder.with_suffix(".json")
     rows = Rows(rows_folder)
-    if not note.is_file():
-        write_json(note, _measure(config, rows, rows_folder, model, local))
-    cost = Cost(**json.loads(note.read_text()))
+    cost = recall_json(note, _checked_cost)
+    if cost is None:
+        cost = Cost(**_measure(config, rows, rows_folder, model, local))
+        write_json(note, asdict(cost))
     tokens, free = int(rows.lengths.sum()), shutil.disk_usage(folder.parent).free
     size, epochs = cost.bytes * tokens, _epochs(config, len(rows))
     fits = folder.is_dir() or size < DISK_SHARE * free  # a cache that was begun has its place
@@ -115,6 +115,10 @@ def _choose(config: RunConfig, rows_folder: Path, model: str, folder: Path, loca
         free / 2**30,
     )
     return choice
+
+
+def _checked_cost(known: Any) -> Cost:
+    return Cost(**{field.name: float(known[field.name]) for field in fields(Cost)})
 
 
 def _epochs(config: RunConfig, rows: int) -> float:

@@ -9,8 +9,6 @@ Rows and their reference log-probs are separate folders that join by row id; a m
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -24,7 +22,7 @@ import torch
 from pipeline.arrow_files import ExtensionType, read_ipc
 from pipeline.config import ConfigError, DataConfig
 from pipeline.contracts import REFERENCE_SCHEMA, ROW_SCHEMA, STATES_SCHEMA, Row
-from pipeline.durable import digest_file, write_json
+from pipeline.durable import Corrupt, digest_file, read_json, replacing, write_json
 from pipeline.errors import UserError
 from pipeline.order import MicroBatch, position_type
 
@@ -46,11 +44,9 @@ def write_part(folder: Path, number: int, table: pa.Table) -> Path:
 def write_tables(folder: Path, number: int, tables: Iterable[pa.Table], schema: pa.Schema) -> Path:
     """The same, of tables one after the other."""
     path = part_of(folder, number)
-    aside = path.with_suffix(f".{os.getpid()}.tmp")
-    with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+    with replacing(path) as aside, pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for table in tables:
             writer.write_table(table)
-    aside.rename(path)
     return path
 
 
@@ -101,17 +97,20 @@ def manifest(folder: Path, missing: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise StaleCache(f"{folder}: not finished; run `qalign prepare` again")
     try:
-        found = json.loads(path.read_bytes())
-        parts = {str(name): (int(size), str(known)) for name, (size, known) in found["parts"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise StaleCache(f"{path}: damaged; delete {folder} and run `qalign prepare` again") from None
-    for name, (size, _) in parts.items():
+        found = read_json(path, _checked, f"delete {folder} and run `qalign prepare` again")
+    except Corrupt as error:
+        raise StaleCache(str(error)) from None
+    for name, (size, _) in found["parts"].items():
         part = folder / name
         if missing and part.parent == folder:
             continue
         if part.parent != folder or not part.is_file() or part.stat().st_size != size:
             raise StaleCache(f"{part}: missing or damaged; delete {folder} and run `qalign prepare` again")
     return found
+
+
+def _checked(found: Any) -> dict[str, Any]:
+    return {**found, "parts": {str(name): (int(size), str(known)) for name, (size, known) in found["parts"].items()}}
 
 
 def _open_parts(folder: Path, schema: pa.Schema) -> pa.Table:
@@ -173,6 +172,10 @@ class _Scores:
         return self._table.column(name)[place]
 
 
+def _checked_form(found: Any) -> tuple[torch.dtype, int]:
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[found["dtype"]], int(found["width"])
+
+
 @dataclass(frozen=True, slots=True)
 class Split:
     """Positions in `Rows` to train on and to hold out, both ascending."""
@@ -231,8 +234,8 @@ class Rows:
         assert self._states is not None
         cell = self._states.cell("ref_states", position)
         if self._form is None:
-            form = json.loads((self._states.folder / FORM).read_bytes())
-            self._form = getattr(torch, form["dtype"]), form["width"]
+            remedy = f"delete {self._states.folder} and run `qalign prepare` again"
+            self._form = read_json(self._states.folder / FORM, _checked_form, remedy)
         dtype, width = self._form
         return torch.from_numpy(np.frombuffer(cell.as_buffer(), dtype=np.uint8).copy()).view(dtype).view(-1, width)
 

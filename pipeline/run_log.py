@@ -20,22 +20,34 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pipeline.durable import append_line
 from pipeline.errors import Leaving
+from pipeline.lease import is_taken_over
 from pipeline.redaction import redact, redacted
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "logs"
 STEP_SECONDS = 10.0
+STARTED = {"attempt": int, "step": int, "total_steps": int}
+"""What the event `start` always has."""
 SHOWN = ("loss", "tokens_per_second", "grad_norm", "lr")
+_told: set[tuple[Path, int]] = set()
 
 
 class RunLog(logging.Handler):
     """One rank's events, as a context around its training. Every line is written at once.
 
     Storage that is full or away stops no training: what could not be written is counted in the next line's `lost`.
+    Once another driver has taken the run, nothing is written: the log is that driver's.
+
+    Args:
+        owner: the token of the driver in the run's lease; None: whoever has it.
     """
 
-    def __init__(self, run: Path, rank: int, workers: int) -> None:
+    def __init__(self, run: Path, rank: int, workers: int, owner: str | None = None) -> None:
         super().__init__(logging.WARNING)
+        self._run, self._owner = run, owner
         self._place: dict[str, Any] = {"run": run.name, "attempt": None, "rank": rank, "workers": workers, "step": None}
         (run / FOLDER).mkdir(parents=True, exist_ok=True)
         self._path, self._lost = path_of(run, rank), 0
@@ -73,11 +85,11 @@ class RunLog(logging.Handler):
         moment = datetime.now(UTC).isoformat(timespec="milliseconds")
         lost = {"lost": self._lost} if self._lost else {}
         line = {"time": moment, "event": event, **self._place, **values, **lost}
+        if is_taken_over(self._run, self._owner):
+            return
         try:
-            with self._path.open("a") as file:
-                file.write(
-                    json.dumps(redacted(line), ensure_ascii=False, default=lambda other: redact(str(other))) + "\n"
-                )
+            text = json.dumps(redacted(line), ensure_ascii=False, default=lambda other: redact(str(other)))
+            append_line(self._path, text.encode())
         except OSError:
             self._lost += 1
         else:
@@ -94,15 +106,32 @@ def path_of(run: Path, rank: int) -> Path:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """All whole lines, oldest first; one that a crash cut off is left out."""
+    """All whole lines, oldest first. Damaged ones are skipped, and counted in a warning."""
     if not path.is_file():
         return
-    with path.open() as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue
+    damaged = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if (event := _parsed(line)) is not None:
+                yield event
+            elif line.endswith(b"\n"):  # else it is still being written
+                damaged.append(number)
+    if damaged and (path, len(damaged)) not in _told:
+        _told.add((path, len(damaged)))
+        logger.warning("%s:%d: %d damaged lines are skipped", path, damaged[0], len(damaged))
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """An event whose place and time are what `RunLog` writes, or None."""
+    try:
+        event = json.loads(line)
+        datetime.fromisoformat(event["time"]).timestamp()
+        needed = {"rank": int, "workers": int, "event": str} | (STARTED if event["event"] == "start" else {})
+        optional = {name: event[name] for name in ("attempt", "step") if event[name] is not None}
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError):
+        return None
+    whole = all(type(event.get(name)) is kind for name, kind in needed.items())
+    return event if whole and all(type(value) is int for value in optional.values()) else None
 
 
 def last_start(run: Path) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,8 +34,9 @@ from pipeline.config import CheckpointConfig
 from pipeline.distributed import agree
 from pipeline.durable import discard
 from pipeline.errors import UserError
-from pipeline.fencing import Attempt, Superseded, refuse_superseded
+from pipeline.fencing import Attempt, refuse_superseded
 from pipeline.learner import Learner
+from pipeline.lease import Superseded
 from pipeline.patience import patiently
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,11 @@ class Saver:
         attempt: Attempt | None,
         resume: Path | None,
         beat: Callable[[], None] = lambda: None,
+        number: int = 0,
     ) -> None:
         self._run, self._settings, self._attempt, self._beat = run, settings, attempt, beat
+        self.number = number
+        """Of the attempt."""
         self.resume = resume
         state = checkpoint.read_state(resume) if resume else {"step": 0, "best": None, "metrics": {}}
         self.step: int = state["step"]
@@ -81,10 +85,18 @@ class Saver:
         self._write: Write | None = None
 
     @classmethod
-    def begin(cls, run: Path, settings: CheckpointConfig, beat: Callable[[], None] = lambda: None) -> Saver:
-        """Take over the run (rank 0) and agree on the checkpoint to go on from."""
-        attempt = Attempt.begin(run) if dist.get_rank() == 0 else None
-        return cls(run, settings, attempt, agree(checkpoint.latest(run) if attempt else None), beat)
+    def begin(
+        cls, run: Path, settings: CheckpointConfig, beat: Callable[[], None] = lambda: None, owner: str | None = None
+    ) -> Saver:
+        """Take over the run (rank 0) for the driver that has the lease, and agree on the checkpoint to go on from."""
+        attempt = Attempt.begin(run, owner=owner) if dist.get_rank() == 0 else None
+        resume, number = agree((checkpoint.latest(run), attempt.number) if attempt else None)
+        return cls(run, settings, attempt, resume, beat, number)
+
+    def current(self) -> AbstractContextManager[None]:
+        """On rank 0: nobody takes over the run inside. Raises Superseded where somebody has."""
+        assert self._attempt is not None
+        return self._attempt.current()
 
     def save(self, learner: Learner, step: int, metrics: dict[str, float], wait: bool = False) -> float:
         """Begin to write the checkpoint of `step`, after waiting for the one before → seconds.

@@ -7,7 +7,7 @@ Changes nothing, and needs neither the driver nor Ray to be alive: a run's state
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -17,8 +17,9 @@ from typing import Any
 
 from pipeline import checkpoint, run_log
 from pipeline.config import RunConfig
-from pipeline.export import EXPORT, RUN_FILE
-from pipeline.progress import ERROR_FILE, LOG_FILE, METRICS_FILE, RAY_FILE, read_metrics, summarise
+from pipeline.durable import Corrupt, read_json, recall_json
+from pipeline.export import EXPORT, RUN_FILE, run_settings
+from pipeline.progress import ERROR_FILE, LOG_FILE, METRICS_FILE, RAY_FILE, read_error, read_metrics, summarise
 from pipeline.redaction import sealed
 from pipeline.waiting import cluster_lines
 
@@ -31,19 +32,28 @@ LENGTH = ("epochs", "max_steps", "rows_per_step")
 QUIET_SECONDS = 60.0
 """A driver and its workers are heard of more often than this."""
 LAST_LINES = 3
+REMEDY = "the command that trains this run writes it anew"
+
+logger = logging.getLogger(__name__)
 
 
 def find_run(config: RunConfig) -> Path | None:
     """The newest run of this configuration, or None: nothing is prepared or computed to know."""
-    return next(
-        (run for run in _runs(config) if _same(config, json.loads((run / RUN_FILE).read_bytes())["config"])), None
-    )
+    return next((run for run in _runs(config) if _is_of(config, run)), None)
 
 
 def _runs(config: RunConfig) -> list[Path]:
     """All runs of this name, newest first."""
     files = list((Path(config.storage) / "runs").glob(f"{config.name}-*/{RUN_FILE}"))
     return [path.parent for path in sorted(files, key=lambda path: path.stat().st_mtime, reverse=True)]
+
+
+def _is_of(config: RunConfig, run: Path) -> bool:
+    try:
+        return _same(config, read_json(run / RUN_FILE, run_settings, REMEDY)["config"])
+    except Corrupt as error:
+        logger.warning("%s", error)
+        return False
 
 
 def _same(config: RunConfig, other: dict[str, Any]) -> bool:
@@ -87,7 +97,7 @@ def describe(config: RunConfig) -> str:
     lines += [f"log         {line}" for line in _tail(run / LOG_FILE)]
     if state in ("waiting", "training", "loading"):
         noted = run / RAY_FILE
-        lines += _ray(json.loads(noted.read_bytes())["address"] if noted.is_file() else None)
+        lines += _ray(recall_json(noted, lambda told: str(told["address"]), "left out"))
     return "\n".join(lines)
 
 
@@ -98,7 +108,7 @@ def state_of(run: Path, start: dict[str, Any] | None, ranks: list[Rank]) -> tupl
     driver = _age(run / "lease")
     if driver is None or driver > QUIET_SECONDS:
         if (run / ERROR_FILE).is_file():
-            return "failed", f": {json.loads((run / ERROR_FILE).read_bytes())}"
+            return "failed", f": {read_error(run) or f'see {run / run_log.FOLDER}'}"
         return "stopped", ": no driver is alive; the same command continues"
     if start is None or not ranks or all(rank.event in ("end", "left", "failed") for rank in ranks):
         return "waiting", ": for workers to start"

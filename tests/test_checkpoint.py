@@ -120,12 +120,12 @@ def lose_the_manifest(folder: Path) -> str:
 
 def cut_the_manifest(folder: Path) -> str:
     os.truncate(folder / "manifest.json", 40)
-    return r"manifest\.json: unreadable"
+    return r"manifest\.json: damaged"
 
 
 def empty_the_manifest(folder: Path) -> str:
     (folder / "manifest.json").write_text('{"files": {}}')
-    return r"manifest\.json: unreadable"
+    return r"manifest\.json: damaged"
 
 
 def point_outside(folder: Path) -> str:

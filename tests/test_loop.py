@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from pipeline import checkpoint, data, loop, reference
 from pipeline.driver import fit
-from pipeline.fencing import Lease
+from pipeline.lease import Lease
 from pipeline.loop import Diverged, Job, train_worker
 from pipeline.progress import METRICS_FILE, read_metrics
 from pipeline.reference_cost import keeps_states

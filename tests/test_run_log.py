@@ -83,3 +83,42 @@ def test_no_secret_is_in_an_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert log["message"] == "no answer from http://***@host/x"
     assert failed["error"] == "OSError: *** is refused"
     assert "swordfish" not in failed["traceback"]
+
+
+DAMAGES = [
+    b'{"event": "sta',
+    b"\0" * 40,
+    b"\xff\xfe\x80",
+    b"null",
+    b"[]",
+    b"{}",
+    b'"start"',
+    b"[" * 100_000,
+    b'{"time": "2026-01-31T12:00:00+00:00", "event": "step", "rank": "0", "workers": 1, "attempt": 1, "step": 1}',
+    b'{"time": "yesterday", "event": "step", "rank": 0, "workers": 1, "attempt": 1, "step": 1}',
+    b'{"time": "2026-01-31T12:00:00+00:00", "event": "start", "rank": 0, "workers": 1, "attempt": null, "step": 1}',
+    b'{"time": "2026-01-31T12:00:00+00:00", "event": "start", "rank": 0, "workers": 1, "attempt": 9, "step": 1}',
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_line_is_skipped_and_counted(damage: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    log = RunLog(tmp_path, 0, 2)
+    log.start(1, 0, 90)
+    with path_of(tmp_path, 0).open("ab") as file:
+        file.write(damage + b"\n" + damage)  # the second one has no end: the next event must not be lost with it
+    log.event("end")
+    assert [event["event"] for event in read_events(path_of(tmp_path, 0))] == ["start", "end"]
+    assert last_start(tmp_path)["attempt"] == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path_of(tmp_path, 0)}:2: 2 damaged lines are skipped"
+    ]
+
+
+def test_a_superseded_driver_s_workers_write_nothing_more(tmp_path: Path) -> None:
+    (tmp_path / "lease").write_text("mine")
+    log = RunLog(tmp_path, 0, 1, owner="mine")
+    log.start(1, 0, 90)
+    (tmp_path / "lease").write_text("another's")
+    log.event("end")
+    assert [event["event"] for event in read_events(path_of(tmp_path, 0))] == ["start"]

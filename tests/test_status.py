@@ -127,6 +127,22 @@ def test_a_silent_rank_is_named(opened) -> None:
     assert "training, but nothing was heard of rank 1 for " in status.describe(config)
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[]", b'{"address"', b"\0" * 9, b"\xff"])
+def test_damaged_files_do_not_keep_it_from_telling(opened, content: bytes) -> None:
+    config, run = opened
+    (run / "lease").touch()
+    start(run, 0).stepped(24, {"loss": 0.5})
+    for name in ("ray.json", "logs/rank-00001.jsonl", METRICS_FILE):
+        (run / name).write_bytes(content + b"\n")
+    told = status.describe(config)
+    assert "state       training" in told and "its address is not known here" in told
+    (run / "error.json").write_bytes(content)
+    made_old(run / "lease", 600)
+    assert f"state       failed: see {run / 'logs'}" in status.describe(config)
+    (run / RUN_FILE).write_bytes(content)
+    assert status.describe(config).startswith("no run of this configuration in ")
+
+
 def test_ranks_of_earlier_attempts_do_not_count(opened) -> None:
     _, run = opened
     start(run, 1, attempt=1)

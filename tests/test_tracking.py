@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sqlite3
 import subprocess
 import sys
@@ -276,13 +275,14 @@ def test_metrics_sent_twice_are_there_once(storage, settings, run):
     """The note of what was sent cannot be written (a folder is in its way), so the same metrics go out again."""
     tracker = MlflowTracker(tracking_uri(settings), settings.tracking.experiment, run, {}, interval=0, retry=0)
     tracker.log_metrics(1, {"loss": 1.0})
-    aside = run / f".{STATE_FILE}.{os.getpid()}"
-    aside.mkdir()
+    (run / STATE_FILE).rename(run / "aside")
+    (run / STATE_FILE).mkdir()
     tracker.log_metrics(2, {"loss": 2.0})
-    assert history(storage, run, "loss") == [(1, 1.0), (2, 2.0)]
     assert tracker.last_step() == 2, "known in memory"
+    (run / STATE_FILE).rmdir()
+    (run / "aside").rename(run / STATE_FILE)
     assert json.loads((run / STATE_FILE).read_text())["last_step"] == 1
-    aside.rmdir()
+    assert history(storage, run, "loss") == [(1, 1.0), (2, 2.0)]
     tracker.log_metrics(3, {"loss": 3.0})
     tracker.finish("FINISHED")
     assert json.loads((run / STATE_FILE).read_text())["last_step"] == 3

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pipeline import fencing
+from pipeline.lease import Lease
 from pipeline.loop import train_worker
 from pipeline.progress import METRICS_FILE, read_metrics
 from tests.test_loop import job_of
@@ -35,7 +35,7 @@ def losses(make_config, folder: Path, name: str, counts: list[int], *overrides: 
     job = job_of(config, name)
     for i, world in enumerate(counts):
         until = STEPS * (i + 1) // len(counts)
-        with fencing.Lease(job.run):
+        with Lease(job.run):
             told = (world, folder / f"{name}-{i}", job.plain(), until)
             mp.start_processes(work, told, nprocs=world, start_method="forkserver")
     lines = read_metrics(job.run / METRICS_FILE)

@@ -6,6 +6,7 @@ trials share one prepared data set and one reference cache.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from pipeline import driver
 from pipeline.config import ConfigError, RunConfig, digest
 from pipeline.contracts import Needs
 from pipeline.driver import Prepared
-from pipeline.durable import write_json
+from pipeline.durable import read_json, write_json
 from pipeline.model_files import fingerprint
 from pipeline.order import Plan
 from pipeline.redaction import urls_without_credentials
@@ -32,6 +33,7 @@ class Sweep:
     Attributes:
         config: the sweep's, with `config.sweep`.
         folder, identity: `<storage>/sweeps/<name>-<identity>`.
+        owner: the token of this driver in its runs' leases.
         table: what became of its trials.
     """
 
@@ -42,6 +44,7 @@ class Sweep:
         search.start(config, self.space, ())  # a missing package is told before any work
         _check_unit(config, self.settings.metric, [dimension.key for dimension in self.space.dimensions])
         self._prepared = self._prepare(local)
+        self.owner = uuid.uuid4().hex
         self.identity = self._identity()
         self.folder = Path(config.storage) / FOLDER / f"{config.name}-{self.identity}"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +118,7 @@ class Sweep:
         write_json(
             self.trial_folder(trial) / JOB_FILE,
             {
-                "plain": driver.job_for(config, prepared, run).plain(),
+                "plain": driver.job_for(config, prepared, run, self.owner).plain(),
                 "metric": self.settings.metric,
                 "total_steps": self.steps_of(config).total_steps,
                 "max_failures": self.settings.max_failures,
@@ -165,6 +168,20 @@ class Sweep:
         )
         kept: dict[str, Any] = {key: value for key, value in settings.items() if key not in loose}
         return digest(1, kept, {key: value for key, value in base.items() if key not in free}, sources)
+
+
+def read_job(path: Path) -> dict[str, Any]:
+    """What a trial's workers are told. Raises durable.Corrupt."""
+
+    def checked(job: Any) -> dict[str, Any]:
+        return {
+            "plain": dict(job["plain"]),
+            "metric": str(job["metric"]),
+            "total_steps": int(job["total_steps"]),
+            "max_failures": int(job["max_failures"]),
+        }
+
+    return read_json(path, checked, "the same command writes it again")
 
 
 def _needed(config: RunConfig) -> tuple[str, Needs]:

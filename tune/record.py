@@ -5,7 +5,6 @@ A thread follows the metrics of running trials, so that neither a slow tracking 
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -17,8 +16,8 @@ from typing import Any
 
 from pipeline import tracking
 from pipeline.config import ConfigError
-from pipeline.fencing import Lease, Superseded
-from pipeline.progress import LOG_FILE, METRICS_FILE, Follower, read_metrics
+from pipeline.lease import Lease, Superseded
+from pipeline.progress import LOG_FILE, METRICS_FILE, Follower, parse_line, read_metrics
 from pipeline.tracking import Status, Tracker
 from tune.group import STOP_FILE
 from tune.overhead import spent
@@ -83,10 +82,10 @@ class Recorder:
     def expect(self, trial: Trial) -> None:
         """Its workers may begin at any time. Where another driver trains the same run, it is recorded as failed instead.
 
-        Raises fencing.Superseded then.
+        Raises lease.Superseded then.
         """
         run = Path(trial.run)
-        lease = Lease(run)
+        lease = Lease(run, owner=self._sweep.owner)
         try:
             lease.__enter__()
         except Superseded as error:
@@ -192,7 +191,10 @@ class Recorder:
         if one.tracker is None:
             self._introduce(one, self._tracker(one.trial))
         newest: dict[str, Any] = {}
-        for line in map(json.loads, one.metrics.new_lines()):
+        for text in one.metrics.new_lines():
+            if (line := parse_line(text)) is None:
+                logger.warning("%s: a damaged line is left out", one.metrics.path)
+                continue
             newest |= line
             step = line.pop("step")
             if step > one.last_step:

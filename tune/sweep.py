@@ -61,7 +61,7 @@ def conduct(config: RunConfig, local: bool) -> Finished:
     if config.scaling.elastic:
         raise ConfigError("scaling.workers: a sweep's trials share workers that stay; give one number")
     from pipeline import tracking
-    from pipeline.fencing import Lease
+    from pipeline.lease import Lease
     from tune import results
     from tune.live import Screen
     from tune.plan import Sweep
@@ -117,12 +117,10 @@ def _on_ray(sweep: Sweep, recorder: Recorder) -> None:
 
 def _in_process(sweep: Sweep, recorder: Recorder) -> None:
     """One trial after the other, in this process."""
-    import json
-
-    from pipeline.fencing import Superseded
+    from pipeline.lease import Superseded
     from pipeline.redaction import redact
     from tune.group import attempt
-    from tune.plan import JOB_FILE
+    from tune.plan import JOB_FILE, read_job
 
     for trial in sweep.todo():
         if recorder.problem is not None:
@@ -133,7 +131,7 @@ def _in_process(sweep: Sweep, recorder: Recorder) -> None:
             continue  # recorded as failed
         recorder.started(trial.number)
         try:
-            outcome = attempt(json.loads((sweep.trial_folder(trial) / JOB_FILE).read_text())["plain"])
+            outcome = attempt(read_job(sweep.trial_folder(trial) / JOB_FILE)["plain"])
         except Leaving:
             raise
         except Exception as error:

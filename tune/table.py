@@ -13,15 +13,17 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import math
-import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal, get_args
 
-from pipeline.durable import flush
+from pipeline.durable import append_line, write_text
 from pipeline.redaction import redact, sealed, unsealed
 from tune.spaces import Point
+
+logger = logging.getLogger(__name__)
 
 State = Literal["running", "finished", "stopped", "diverged", "failed"]
 DONE: tuple[State, ...] = ("finished", "stopped", "diverged")
@@ -81,12 +83,7 @@ class Table:
         """Add or replace a trial."""
         trial = replace(trial, reason=redact(trial.reason))
         self.trials[trial.number] = trial
-        with self._path.open("a+b") as file:
-            if file.tell() and not self._ends_whole(file):
-                file.write(b"\n")  # the line before was cut off
-            file.write(json.dumps(sealed(asdict(trial))).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self._path, json.dumps(sealed(asdict(trial))).encode(), sync=True)
         return trial
 
     def change(self, number: int, **changes: Any) -> Trial:
@@ -131,21 +128,30 @@ class Table:
             settings = [json.dumps(t.overrides[k]) if k in t.overrides else "" for k in keys]
             numbers = [t.metrics.get(n, "") for n in held_out] + [t.evaluation.get(n, "") for n in measured]
             rows.writerow([t.name, t.state, *settings, t.step, *numbers, f"{t.seconds:.1f}", t.reason, t.run])
-        aside = self.folder / f".{SUMMARY}.new"
-        aside.write_text(redact(text.getvalue()))
-        flush(aside)
-        aside.rename(self.folder / SUMMARY)
+        write_text(self.folder / SUMMARY, redact(text.getvalue()))
         return self.folder / SUMMARY
 
     def _read(self) -> None:
-        for line in self._path.read_bytes().split(b"\n"):
+        for number, line in enumerate(self._path.read_bytes().split(b"\n"), 1):
             try:
-                trial = Trial(**unsealed(json.loads(line)))
-            except ValueError:  # cut off by a crash, or still being written
+                trial = _checked(unsealed(json.loads(line)))
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+                if line.strip():
+                    logger.warning("%s:%d: damaged; what it says of a trial is left out", self._path, number)
                 continue
             self.trials[trial.number] = trial
 
-    @staticmethod
-    def _ends_whole(file: BinaryIO) -> bool:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
+
+def _checked(found: Any) -> Trial:
+    """A line of the table; raises where one of its fields is not what `Table.put` writes."""
+    trial = Trial(**found)
+    kinds = {"number": int, "point": dict, "overrides": dict, "run": str, "state": str, "step": int, "reason": str}
+    kinds |= {"metrics": dict, "evaluation": dict, "spent": dict}
+    if not all(type(getattr(trial, name)) is kind for name, kind in kinds.items()) or trial.state not in get_args(
+        State
+    ):
+        raise TypeError("no trial")
+    numbers = [trial.seconds, *trial.metrics.values(), *trial.evaluation.values(), *trial.spent.values()]
+    if not all(isinstance(value, int | float) for value in numbers):
+        raise TypeError("no number")
+    return trial

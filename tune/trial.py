@@ -6,7 +6,6 @@ Results are the lines of the run's `metrics.jsonl` that have the sweep's metric,
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from typing import Any
 import ray.tune
 
 from pipeline.config_file import validate
-from pipeline.progress import METRICS_FILE, Follower
+from pipeline.progress import METRICS_FILE, Follower, parse_line
 from pipeline.redaction import unsealed
 from tune.group import STOP_FILE, Group, Outcome
+from tune.plan import read_job
 
 POLL_SECONDS = 0.1
 STOP_SECONDS = 120.0
@@ -29,12 +29,12 @@ class TrialActor(ray.tune.Trainable):
     _group: Group | None = None
 
     def setup(self, config: dict[str, Any]) -> None:
-        self._begin(json.loads(Path(config["job"]).read_text()))
+        self._begin(read_job(Path(config["job"])))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Tune: go on with another trial in this process."""
         self._end()
-        self._begin(json.loads(Path(new_config["job"]).read_text()))
+        self._begin(read_job(Path(new_config["job"])))
         return True
 
     def step(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class TrialActor(ray.tune.Trainable):
 
     def _read(self) -> None:
         """New lines with the metric; what a resumed worker repeats was seen before."""
-        for line in map(json.loads, self._follower.new_lines()):
+        for line in filter(None, map(parse_line, self._follower.new_lines())):  # the recorder tells of damaged ones
             if line["step"] > self._seen and self._metric in line:
                 self._waiting.append({"step": line["step"], self._metric: line[self._metric]})
             self._seen = max(self._seen, line["step"])

@@ -13,7 +13,7 @@ import ray.tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
-from pipeline.fencing import Superseded
+from pipeline.lease import Superseded
 from pipeline.progress import METRICS_FILE, read_metrics
 from pipeline.redaction import redact
 from tune.plan import JOB_FILE, Sweep

@@ -8,18 +8,22 @@ it was made of, so that the same job does nothing a second time.
 from __future__ import annotations
 
 import json
-import os
+import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.config import ConfigError
-from pipeline.durable import flush, write_json
+from pipeline.durable import building, digest_file, discard, read_json, recall_json, replacing, write_json, write_text
 from pipeline.redaction import redacted
 
+logger = logging.getLogger(__name__)
+
+FOLDER = "folder"
+"""Among the pieces: the output as a folder, until it is whole."""
 ENDINGS = (".jsonl", ".parquet", "")
 """Of the output's name; without one it is a folder."""
 SCHEMA = pa.schema(
@@ -40,7 +44,7 @@ SCHEMA = pa.schema(
 )
 """A row of the output: one completion. logprobs: under what the decoder drew from; seconds: the batch's, shared out evenly."""
 
-_FACTS = ("rows", "tokens", "refused", "seconds", "scored", "score", "score_squared")
+FACTS = ("rows", "tokens", "refused", "seconds", "scored", "score", "score_squared")
 
 
 def check_output(path: Path) -> None:
@@ -64,11 +68,7 @@ class Pieces:
         """Write piece `number`; it exists when this returns, or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path, lines in ((self._rows(number), rows), (self._refused(number), refused)):
-            aside = path.with_suffix(f".{os.getpid()}.tmp")
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in redacted(lines))
-            aside.write_text(text, encoding="utf-8")
-            flush(aside)
-            aside.replace(path)
+            write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in redacted(lines)))
         scores = [row["score"] for row in rows if row["score"] is not None]
         facts = {
             "rows": len(rows),
@@ -78,38 +78,50 @@ class Pieces:
             "scored": len(scores),
             "score": sum(scores),
             "score_squared": sum(score * score for score in scores),
+            "files": [digest_file(path) for path in (self._rows(number), self._refused(number))],
         }
         write_json(self._facts(number), facts)
 
     def is_done(self, number: int) -> bool:
-        """Whether piece `number` was written to its end."""
-        return self._facts(number).is_file()
+        """Whether piece `number` was written to its end, and is what was written."""
+        known = recall_json(self._facts(number), _checked_facts)
+        if known is None:
+            return False
+        paths = (self._rows(number), self._refused(number))
+        if all(path.is_file() and digest_file(path) == digest for path, digest in zip(paths, known[1], strict=True)):
+            return True
+        logger.warning("%s: damaged; it is decoded again", paths[0])
+        return False
 
     def facts(self, count: int) -> dict[str, float]:
         """Totals of pieces 0 … count − 1."""
-        found = dict.fromkeys(_FACTS, 0.0)
+        found = dict.fromkeys(FACTS, 0.0)
         for number in range(count):
-            for name, value in json.loads(self._facts(number).read_text()).items():
+            facts, _ = read_json(
+                self._facts(number), _checked_facts, "delete it, then the same command decodes it again"
+            )
+            for name, value in facts.items():
                 found[name] += value
         return found
 
     def assemble(self, count: int, output: Path, quarantine: Path) -> None:
         """Join pieces 0 … count − 1 into `output` and, where rows were refused, `quarantine`."""
         output.parent.mkdir(parents=True, exist_ok=True)
-        aside = output.with_name(f".{output.name}.{os.getpid()}.new")
         rows = (self._rows(number) for number in range(count))
-        if output.suffix == ".jsonl":
-            _join(rows, aside)
-        else:
-            _write_parquet(rows, aside)
         if output.suffix:
-            flush(aside)
-            aside.replace(output)
+            with replacing(output) as aside:
+                _join(rows, aside) if output.suffix == ".jsonl" else _write_parquet(rows, aside)
         else:
-            _as_folder(aside, output)
-        _join((self._refused(number) for number in range(count)), quarantine)
-        if not quarantine.stat().st_size:
-            quarantine.unlink()
+            with building(self.folder / FOLDER) as aside:
+                _write_folder(rows, aside)
+            discard(output)
+            (self.folder / FOLDER).rename(output)
+        refused = [self._refused(number) for number in range(count)]
+        if any(path.stat().st_size for path in refused):
+            with replacing(quarantine) as aside:
+                _join(refused, aside)
+        else:
+            quarantine.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Delete the pieces."""
@@ -125,23 +137,28 @@ class Pieces:
         return self.folder / f"piece-{number:06d}.json"
 
 
-def _join(parts: Iterator[Path], target: Path) -> None:
+def _checked_facts(found: Any) -> tuple[dict[str, float], list[str]]:
+    """Counts of a piece, and its files' digests."""
+    rows, refused = found["files"]
+    return {name: float(found[name]) for name in FACTS}, [str(rows), str(refused)]
+
+
+def _join(parts: Iterable[Path], target: Path) -> None:
     with target.open("wb") as out:
         for part in parts:
             with part.open("rb") as stream:
                 shutil.copyfileobj(stream, out)
 
 
-def _as_folder(parquet: Path, output: Path) -> None:
-    """Turn a parquet file into a folder saved by `datasets`, in place of an earlier one; memory stays that of a batch."""
+def _write_folder(parts: Iterator[Path], target: Path) -> None:
+    """A folder as `datasets` saves it, by way of a parquet file in it; memory stays that of a batch."""
     from datasets import Dataset
 
-    cache, aside = parquet.with_suffix(".cache"), parquet.with_suffix(".folder")
-    Dataset.from_parquet(str(parquet), cache_dir=str(cache)).save_to_disk(str(aside))
-    shutil.rmtree(output, ignore_errors=True)
-    aside.replace(output)
-    shutil.rmtree(cache)
-    parquet.unlink()
+    work = target / ".work"
+    work.mkdir()
+    _write_parquet(parts, work / "rows.parquet")
+    Dataset.from_parquet(str(work / "rows.parquet"), cache_dir=str(work)).save_to_disk(str(target))
+    shutil.rmtree(work)
 
 
 def _write_parquet(parts: Iterator[Path], target: Path) -> None:

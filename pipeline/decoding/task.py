@@ -5,7 +5,6 @@ Everything that can be known to fail is found here, before an actor starts.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,11 @@ from pipeline.config import ConfigError, RunConfig, digest
 from pipeline.decoding import DECODERS
 from pipeline.decoding.contract import Decoder, Role, context_of
 from pipeline.decoding.loading import KEYS, check_scorers, named_models, weights
-from pipeline.decoding.output import Pieces, check_output
+from pipeline.decoding.output import FACTS, Pieces, check_output
 from pipeline.decoding.pieces import Piece, check_room, pieces_of_rows, pieces_of_source
 from pipeline.decoding.transfer_q import check_indirect
 from pipeline.decoding.vllm_engine import choose
-from pipeline.durable import write_json
+from pipeline.durable import read_json, recall_json, write_json
 from pipeline.model_files import fingerprint, locate
 from pipeline.pretrained import load_config, precision
 from pipeline.rows import Rows
@@ -68,14 +67,15 @@ class DecodingTask:
 
     def finished(self) -> bool:
         """Whether the output is there and this very task made it."""
-        if not self.output.exists() or not self._description.is_file():
+        if not self.output.exists():
             return False
-        return json.loads(self._description.read_text())["identity"] == self.identity
+        told = recall_json(self._description, _checked)
+        return told is not None and told["identity"] == self.identity
 
     def facts(self) -> dict[str, float]:
         """Totals of the finished output: rows, tokens, refused, seconds of all actors, scores."""
-        told = json.loads(self._description.read_text())
-        return {name: value for name, value in told.items() if name not in ("identity", "method")}
+        told = read_json(self._description, _checked, "delete it, then the same command decodes again")
+        return {name: value for name, value in told.items() if name not in ("identity",)}
 
     def finish(self) -> dict[str, float]:
         """Join the pieces into the output; their totals."""
@@ -108,6 +108,11 @@ def plan_task(config: RunConfig, local: bool) -> DecodingTask:
     check_output(output)
     files = Pieces(output.with_name(f".{output.name}.{identity}-{config.decoding.rows_per_piece}.pieces"))
     return DecodingTask(config, found, world.tokenizer, pieces, files, output, identity)
+
+
+def _checked(told: Any) -> dict[str, Any]:
+    """What `DecodingTask.finish` wrote."""
+    return {"identity": str(told["identity"]), **{name: float(told[name]) for name in FACTS}}
 
 
 class _World(NamedTuple):

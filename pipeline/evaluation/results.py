@@ -10,14 +10,13 @@ Left out: how any number is measured (one file an evaluator beside this one), an
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from pipeline.config import ConfigError
-from pipeline.durable import write_json
+from pipeline.durable import Corrupt, read_json, write_json
 
 FILE = "evaluation.json"
 
@@ -136,9 +135,8 @@ class Evaluation(Part):
 def read(path: Path) -> Evaluation:
     """The evaluation in a file. Raises ConfigError where there is none, or another structure."""
     try:
-        return Evaluation.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return read_json(path, Evaluation.model_validate, "it is no evaluation of this version: run qalign eval again")
+    except Corrupt as error:
+        raise ConfigError(str(error)) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); run qalign eval first") from None
-    except (json.JSONDecodeError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"{path}: is no evaluation of this version ({reason}); run qalign eval again") from None

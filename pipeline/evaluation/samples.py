@@ -5,16 +5,17 @@ Left out: decoding itself (`pipeline.decoding`), scorers (`scorers`), and what i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pipeline.config import RunConfig, digest
 from pipeline.decoding.stage import Decoded, decode_prompts
-from pipeline.durable import write_json
+from pipeline.durable import recall_json, write_json
 from pipeline.evaluation.divergence import kl_to_reference
 from pipeline.evaluation.estimates import mean_se
 from pipeline.evaluation.held_out import resources
@@ -105,8 +106,9 @@ def _decode_cached(
     settings, dtype = config.sampling.model_dump(include=set(_MEANING)), str(precision(config.model.dtype))
     key = digest(1, fingerprint(model, cache), [list(p) for p in prompts], settings, stop_ids, dtype)
     kept = cache / f"samples-{key}.json"
-    if not kept.is_file():
-        found = decode_prompts(
+    flat = recall_json(kept, partial(_checked, count=len(prompts) * config.sampling.per_prompt))
+    if flat is None:
+        flat = decode_prompts(
             model,
             prompts,
             config.sampling,
@@ -117,6 +119,21 @@ def _decode_cached(
             label="sample",
         )
         cache.mkdir(parents=True, exist_ok=True)
-        write_json(kept, found)
-    flat = json.loads(kept.read_text())
+        write_json(kept, flat)
     return [flat[i : i + config.sampling.per_prompt] for i in range(0, len(flat), config.sampling.per_prompt)]
+
+
+def _checked(found: Any, count: int) -> list[Decoded]:
+    """So many completions as `decode_prompts` gives them."""
+    if len(found) != count:
+        raise ValueError(f"{len(found)} completions instead of {count}")
+    return [
+        Decoded(
+            prompt=int(one["prompt"]),
+            index=int(one["index"]),
+            text=str(one["text"]),
+            token_ids=[int(token) for token in one["token_ids"]],
+            logprobs=[float(value) for value in one["logprobs"]],
+        )
+        for one in found
+    ]

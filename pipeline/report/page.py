@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from pipeline.durable import write_text
 from pipeline.errors import UserError
 from pipeline.progress import METRICS_FILE, read_metrics
 from pipeline.redaction import redact
@@ -157,7 +158,7 @@ def _hash(text: str) -> str:
 def _write(page: str, output: Path) -> Path:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(redact(page), encoding="utf-8", newline="\n")
+        write_text(output, redact(page))
     except OSError as error:
         raise UserError(f"{output}: the report cannot be written ({error.strerror}); give another place") from None
     return output

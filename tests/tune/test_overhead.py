@@ -17,7 +17,9 @@ def write(run: Path, *events: tuple[str, float]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         for event, seconds in events:
-            file.write(json.dumps({"event": event, "time": datetime.fromtimestamp(seconds, UTC).isoformat()}) + "\n")
+            place = {"rank": 0, "workers": 1, "attempt": 1, "step": 0, "total_steps": 9}
+            time = datetime.fromtimestamp(seconds, UTC).isoformat()
+            file.write(json.dumps({"event": event, "time": time, **place}) + "\n")
 
 
 def test_parts_of_a_trial(tmp_path: Path) -> None:
