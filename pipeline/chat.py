@@ -9,6 +9,7 @@ Left out: in which form a template takes messages (`chat_forms`), tokens (`token
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
@@ -95,6 +96,41 @@ class Chat:
             words = fold(given.reasoning_content, words, self.forms.tags)
         return (self._without_opening(words, prompt) if opened else words) + self.turn_end[1]
 
+    def inside(self, whole: str, start: int, alone: str, answer: str | Message) -> str | None:
+        """An answer's text, from `start` on, in a whole dialogue that goes on behind it; None where it is not there as it was.
+
+        alone: its text where nothing follows it. Inside, empty thoughts may be missing, and white space and the turn's end be others.
+        """
+        end, given = self.turn_end[1], _message(answer)
+        spoken = alone.removesuffix(end)
+        bodies = [spoken]
+        if self.forms.tags is not None:
+            bodies.append(re.sub(r"^\s*{}\s*{}".format(*map(re.escape, self.forms.tags)), "", spoken))
+        closings = "|".join(map(re.escape, (end, self.closing))) if end and alone.endswith(end) else ""
+        for body in bodies:
+            pieces = [*map(re.escape, body.split()), f"(?:{closings})"]
+            found = re.compile(r"\s*" + r"\s*".join(pieces)).match(whole, start)
+            if found and self._holds(found[0], given):
+                return found[0]
+        return None
+
+    def opens(self, prompt: str) -> bool:
+        """Whether the call at a prompt's end begins the answer's thoughts."""
+        return self.forms.tags is not None and prompt.rstrip().endswith(self.forms.tags[0])
+
+    def thinks(self, answer: str | Message) -> bool:
+        """Whether an answer has thoughts, in their field or among its words."""
+        given = _message(answer)
+        return bool(given.reasoning_content or (self.forms.tags and self.forms.tags[1] in (given.content or "")))
+
+    @cached_property
+    def closing(self) -> str:
+        """The end of an answer's turn where another turn follows; it may be another mark than that of the last turn."""
+        text = self._render([_turn("user", "x"), _turn("assistant", _PROBE), _turn("user", "x")])
+        behind = text[text.rindex(_PROBE) + len(_PROBE) :].lstrip() if _PROBE in text else ""
+        end = self.turn_end[1]
+        return end if behind.startswith(end) else next(filter(behind.startswith, self._marks), end)
+
     @cached_property
     def turn_end(self) -> tuple[str, str]:
         """What the template writes after an answer, and how much of it belongs to the response."""
@@ -155,7 +191,7 @@ class Chat:
         if tags is None:
             return False
         inside = dialogue.continued and self._unclosed(dialogue[-1].content or "")
-        return inside or prompt.rstrip().endswith(tags[0])
+        return inside or self.opens(prompt)
 
     def _only_closes(self, words: str) -> bool:
         """Whether words end thoughts that they did not begin."""

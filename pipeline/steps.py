@@ -5,6 +5,13 @@ In a dialogue each of the policy's messages, and each run of its steps without m
 writes of it behind the call for it. All else that the template writes on the way (headers, other speakers' turns, answers of tools,
 the call for the next answer) is the environment's.
 
+Some templates write the last assistant turn otherwise than the same turn in the middle: Qwen3's gives the last one thoughts, be they
+empty, and takes thoughts away that stand before the last question. Then the trajectory is what the template writes of the whole
+dialogue, and a turn of the policy is what stands there between the call for it and its end. A trajectory is refused where the whole
+lacks what the policy wrote, or does not begin with a call: the tokens would be others than those of generation. That is so for thoughts
+before the last question, and, where the call opens thoughts (DeepSeek-R1's, Qwen3.5's), for every earlier turn that the template writes
+without them.
+
 A step's reward lands on the token with which its text ends: the last one whose last character is the step's. A step that
 shares its only token with the next one gives its reward to that token.
 
@@ -26,6 +33,17 @@ from pipeline.records import Dialogue, Message, Step, Trajectory
 REWRITTEN = (
     "the chat template rewrites earlier turns, so that a trajectory would lose its places: make each answer a record"
 )
+OPENED = (
+    "the chat template opens thoughts in its call for an answer and writes earlier turns without them: give each turn "
+    "reasoning that it keeps, or make each answer a record"
+)
+
+
+class _Rewritten(ValueError):
+    """A longer dialogue does not begin with a shorter one."""
+
+    def __init__(self) -> None:
+        super().__init__(REWRITTEN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,26 +68,62 @@ def plain(trajectory: Trajectory) -> list[Segment]:
 def dialogue(chat: Chat, prompt: Iterable[Message], prompt_text: str, trajectory: Trajectory) -> list[Segment]:
     """Segments of a trajectory behind a dialogue; `prompt_text` and they are what the template writes.
 
-    Raises ValueError where the template does not write a longer dialogue as a continuation of a shorter one.
+    Raises ValueError where the whole dialogue does not hold what the policy wrote behind the call for it.
     """
-    turns, text = Dialogue.of(prompt), prompt_text
+    turns, runs = Dialogue.of(prompt), list(_runs(trajectory))
+    try:
+        return _one_by_one(chat, turns, prompt_text, runs)
+    except _Rewritten:
+        return _inside_whole(chat, turns, prompt_text, runs)
+
+
+def _one_by_one(chat: Chat, turns: Dialogue, text: str, runs: list[_Run]) -> list[Segment]:
+    """Segments where each turn is written as a continuation of those before it."""
     segments: list[Segment] = []
-    runs = list(_runs(trajectory))
     for i, (policy, steps) in enumerate(runs):
         if policy:
             if segments and segments[-1].policy:  # two turns in a row: the call for the second is between them
                 call = _rest(chat.prompt(turns), text)
                 segments += [Segment(call, [], [], False)] if call else []
                 text += call
-            answer = steps[0].message or "".join(step.text for step in steps)
-            part = chat.answer(turns, text, answer)
-            turns = joined(turns, answer)
+            part = chat.answer(turns, text, _answer(steps))
             segments.append(Segment(part, _ends_of_words(part, chat.turn_end[1], steps), _rewards(steps), True))
         else:
             part, ends = _others(chat, turns, text, steps, answered=i + 1 < len(runs))
-            turns = turns.followed_by(*map(_message, steps))
             segments.append(Segment(part, ends, _rewards(steps), False))
+        turns = _with(turns, policy, steps)
         text += part
+    return segments
+
+
+def _inside_whole(chat: Chat, turns: Dialogue, text: str, runs: list[_Run]) -> list[Segment]:
+    """Segments of what the template writes of all turns together."""
+    befores = list(accumulate(runs, lambda before, run: _with(before, *run), initial=turns))
+    whole = chat.dialogue(befores[-1]).rstrip()
+    segments: list[Segment] = []
+    for i, (policy, steps) in enumerate(runs):
+        last = i + 1 == len(runs)
+        if policy:
+            call = chat.prompt(befores[i])
+            if i and runs[i - 1][0]:  # two turns in a row: in the call, the first one is written as the last
+                gap = _rest(call, chat.dialogue(befores[i]).rstrip())
+                segments += [Segment(gap, [], [], False)] if gap else []
+                call = text + gap
+            if not whole.startswith(call):
+                raise ValueError(OPENED) if chat.opens(call) and not chat.thinks(_answer(steps)) else _Rewritten
+            part: str | None = chat.answer(befores[i], call, _answer(steps))
+            if not last:
+                part = chat.inside(whole, len(call), part, _answer(steps))
+            if part is None:
+                raise _Rewritten
+            segments.append(Segment(part, _ends_of_words(part, chat.closing, steps), _rewards(steps), True))
+            text = call + part
+        else:
+            upto = whole if last else chat.prompt(befores[i + 1])
+            _rest(whole, upto)
+            part = _rest(upto, text)
+            segments.append(Segment(part, _ends_of_others(chat, befores[i], text, part, steps), _rewards(steps), False))
+            text = upto
     return segments
 
 
@@ -84,7 +138,10 @@ def last_tokens(segment: Segment, ends: Sequence[int]) -> list[int]:
     return found
 
 
-def _runs(trajectory: Trajectory) -> Iterator[tuple[bool, list[Step]]]:
+_Run = tuple[bool, list[Step]]
+
+
+def _runs(trajectory: Trajectory) -> Iterator[_Run]:
     """Steps of one author in a row, and whether that is the policy; each of its messages is a run of its own."""
     for policy, run in groupby(trajectory.steps, lambda step: step.role == "policy"):
         steps = list(run)
@@ -96,6 +153,15 @@ def _runs(trajectory: Trajectory) -> Iterator[tuple[bool, list[Step]]]:
 
 def _rewards(steps: list[Step]) -> list[float]:
     return [step.reward for step in steps]
+
+
+def _answer(steps: list[Step]) -> str | Message:
+    return steps[0].message or "".join(step.text for step in steps)
+
+
+def _with(turns: Dialogue, policy: bool, steps: list[Step]) -> Dialogue:
+    """The dialogue with what a run says."""
+    return joined(turns, _answer(steps)) if policy else turns.followed_by(*map(_message, steps))
 
 
 def _message(step: Step) -> Message:
@@ -132,21 +198,31 @@ def _others(chat: Chat, turns: Dialogue, text: str, steps: list[Step], answered:
     return part, [_alike(shorter, whole) - len(text) for shorter in written]
 
 
+def _ends_of_others(chat: Chat, turns: Dialogue, text: str, part: str, steps: list[Step]) -> list[int]:
+    """Where turns of others end in `part`, which follows `text` in the whole dialogue."""
+    ends: list[int] = []
+    for step in steps:
+        turns = turns.followed_by(_message(step))
+        behind = _check_written(step.text.strip(), part, ends[-1] if ends else 0)
+        ends.append(max(behind, _alike(chat.dialogue(turns).rstrip(), text + part) - len(text)))
+    return ends
+
+
 def _alike(one: str, other: str) -> int:
     """How many letters two texts begin with alike."""
     return len(commonprefix([one, other]))  # noqa: RUF071 (letter by letter is what is meant)
 
 
-def _check_written(words: str, part: str) -> None:
-    """Templates may write what a tool said as JSON."""
-    if not any(
-        written in part for written in (words, *(json.dumps(words, ensure_ascii=x)[1:-1] for x in (True, False)))
-    ):
-        raise ValueError("the chat template leaves out a turn")
+def _check_written(words: str, part: str, start: int = 0) -> int:
+    """Where words end in a text; templates may write what a tool said as JSON."""
+    for written in (words, *(json.dumps(words, ensure_ascii=x)[1:-1] for x in (True, False))):
+        if (place := part.find(written, start)) >= 0:
+            return place + len(written)
+    raise ValueError("the chat template leaves out a turn")
 
 
 def _rest(whole: str, text: str) -> str:
     """What a longer dialogue adds to a shorter one."""
     if not whole.startswith(text):
-        raise ValueError(REWRITTEN)
+        raise _Rewritten
     return whole[len(text) :]

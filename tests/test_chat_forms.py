@@ -139,6 +139,94 @@ def test_a_trajectory_whose_thoughts_the_template_takes_away_later_is_refused():
     assert [text for policy, text in stretches(tokenizer, rendered) if policy] == [spoken, SAID + "<|im_end|>"]
 
 
+def trajectory(family: str, turns: list[dict], **beside) -> list[tuple[bool, str]]:
+    """Whose each stretch behind the prompt is; all of them are what the template writes of the whole dialogue."""
+    tokenizer = byte_level(FAMILIES[family])
+    rendered = render(
+        family, {"messages": turns, **beside} | ({} if "reward" in beside else {"reward": 1}), "trajectory"
+    )
+    plain = [{name: field for name, field in turn.items() if name != "reward"} for turn in turns]
+    whole = written(family, plain, beside.get("tools"))
+    assert text_of(tokenizer, rendered.prompt_ids + rendered.response_ids[0]) == whole.rstrip()
+    return stretches(tokenizer, rendered)
+
+
+def spoken(family: str, turns: list[dict], **beside) -> list[str]:
+    return [text for policy, text in trajectory(family, turns, **beside) if policy]
+
+
+EMPTY = "<think>\n\n</think>\n\n"
+
+
+def test_turns_that_a_template_writes_otherwise_in_the_middle_are_what_the_whole_dialogue_has():
+    turns = [user(), assistant("a b"), answer(""), assistant("c"), user("So?"), assistant("d\ne")]
+    assert spoken("qwen3", turns) == ["a b<|im_end|>", "c<|im_end|>", EMPTY + "d\ne<|im_end|>"]
+    twice = [user(), assistant("f"), assistant("g"), answer(), assistant("h")]
+    assert trajectory("qwen3", twice)[:3] == [
+        (True, "f<|im_end|>"),
+        (False, "\n<|im_start|>assistant\n"),
+        (True, "g<|im_end|>"),
+    ]
+    calling = [user(), assistant(None, tool_calls=[call()]), answer(), assistant("c")]
+    called = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>'
+    assert spoken("qwen3", calling, tools=[TOOL]) == [called, EMPTY + "c<|im_end|>"]
+    mixed = [user(), assistant("a"), user("So?"), assistant("b", reasoning_content="hm"), answer(), assistant("c")]
+    assert spoken("qwen3", mixed) == ["a<|im_end|>", "<think>\nhm\n</think>\n\nb<|im_end|>", EMPTY + "c<|im_end|>"]
+    ends_with_others = [user(), assistant("a"), user("no"), assistant("b"), answer("1")]
+    assert trajectory("qwen3", ends_with_others)[-1] == (
+        False,
+        "\n<|im_start|>user\n<tool_response>\n1\n</tool_response><|im_end|>",
+    )
+
+
+def test_rewards_stay_with_their_turns_where_the_middle_is_written_otherwise():
+    tokenizer = byte_level(QWEN3)
+    turns = [
+        user(),
+        assistant("same", reward=1.0),
+        answer("same", 1) | {"reward": 2.0},
+        answer("same", 2) | {"reward": 4.0},
+        assistant("same", reward=8.0),
+        user("same") | {"reward": 16.0},
+        assistant("same", reward=32.0),
+    ]
+    rendered = render("qwen3", {"messages": turns, "reward": 64.0}, "trajectory")
+    ids, rewards = rendered.response_ids[0], rendered.token_rewards[0]
+    whole = text_of(tokenizer, ids)
+    told = "\n<|im_start|>user\n<tool_response>\nsame\n</tool_response>"
+    first = "same<|im_end|>" + told
+    second = first + "\n<tool_response>\nsame\n</tool_response><|im_end|>"
+    third = second + "\n<|im_start|>assistant\nsame"
+    fourth = third + "<|im_end|>\n<|im_start|>user\nsame<|im_end|>"
+    fifth = fourth + f"\n<|im_start|>assistant\n{EMPTY}same"
+    ends = [(reward, text_of(tokenizer, ids[: i + 1])) for i, reward in enumerate(rewards) if reward]
+    assert ends == [
+        (1.0, "same"),
+        (2.0, first),
+        (4.0, second),
+        (8.0, third),
+        (16.0, fourth),
+        (32.0, fifth),
+        (64.0, whole),
+    ]
+
+
+def test_the_end_of_a_turn_in_the_middle_may_be_another_mark():
+    """As GPT-OSS has it: the last turn ends with a mark of its own."""
+    template = CHATML.replace("<|im_end|>", "{{ '</s>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}")
+    tokenizer = byte_level(template)
+    turns = [user(), assistant("a"), answer(), assistant("b")]
+    rendered = Renderer(tokenizer, config())(parse({"messages": turns, "reward": 1}, "trajectory"))
+    assert [text for policy, text in stretches(tokenizer, rendered) if policy] == ["a<|im_end|>", "b</s>"]
+
+
+def test_a_call_that_opens_thoughts_which_earlier_turns_lack():
+    plain = {"messages": [user(), assistant("a"), answer(), assistant("b")], "reward": 1}
+    assert reason("opening", plain, "trajectory").startswith("the chat template opens thoughts in its call ")
+    turns = [user(), assistant("a", reasoning_content="hm"), answer(), assistant("b", reasoning_content="so")]
+    assert spoken("opening", turns) == ["hm\n</think>\n\na<|im_end|>", "so\n</think>\n\nb<|im_end|>"]
+
+
 # ----------------------------------------------------------------------------------------------------------- tools
 
 ASKED = [user(), assistant(None, tool_calls=[call()]), answer(), user("And now?")]
