@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -36,13 +37,13 @@ def preview(config: RunConfig) -> str:
     preflight.check_models(config, model)
     tokenizer = load_tokenizer(model, config.model.trust_remote_code)
     with TemporaryDirectory() as work:
-        bound = config.data.max_record_bytes
-        plan(config.data.eval_sources, Path(work), key="data.eval_sources", max_record_bytes=bound)
-        reading = plan(config.data.sources, Path(work), chunk_bytes=data.CHUNK_BYTES, max_record_bytes=bound)
+        bounds = {"max_record_bytes": config.data.max_record_bytes, "limit": config.data.limit}
+        plan(config.data.eval_sources, Path(work), key="data.eval_sources", **bounds)
+        reading = plan(config.data.sources, Path(work), chunk_bytes=data.CHUNK_BYTES, **bounds)
         found, lengths, first, warnings = look(config, tokenizer, reading.chunks[: LOOK_AT_BYTES // data.CHUNK_BYTES])
-    whole = found.records == reading.records
-    if whole or not found.rows:
-        data.refuse(config.data, found, "--dry-run writes no quarantine file")
+        whole = found.records == reading.records
+        if whole or not found.rows:
+            data.refuse(config.data, found, "--dry-run writes no quarantine file", reading.chunks)
     lines = [] if whole else [f"looked at the first {found.records:,} of {reading.records:,} records:"]
     lines += [describe(found), *(f"warning    {warning}" for warning in warnings)]
     rows = max(1, round(reading.records * found.rows / found.records * (1 - config.data.eval_fraction)))
@@ -78,9 +79,16 @@ def look(
     if not rows:
         return found, lengths, None, []
     warnings = weightless(config.data, *(np.array([row[name] for row in rows]) for name in ("weight", "source_index")))
-    raw = next(raw for chunk in chunks for raw in read(chunk) if raw.row_id == rows[0]["row_id"])
+    chunk, raw = next((c, raw) for c in chunks for raw in read(c) if raw.row_id == rows[0]["row_id"])
     rendered = render(parse(raw.content(), config.data.kind, config.data.ties))
-    return found, lengths, (raw.source, sample(tokenizer, rendered, config.data.kind)), warnings
+    fields = mapped_fields(raw.content(), config.data.sources[chunk.source_index].columns, rows[0]["weight"])
+    return found, lengths, (raw.source, fields + sample(tokenizer, rendered, config.data.kind)), warnings
+
+
+def mapped_fields(content: Mapping[str, Any], columns: Mapping[str, str], weight: float) -> list[str]:
+    """What each mapped column holds in a record, and the record's weight where it is not 1."""
+    lines = [f"  {ours:10} ← {theirs} = {reprlib.repr(content[ours])}" for ours, theirs in columns.items()]
+    return lines if weight == 1 or "weight" in columns else [*lines, f"  weight     {weight:g}"]
 
 
 def _shown(chunk: Chunk) -> int:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -35,6 +35,8 @@ from pipeline.rows import MANIFEST, StaleCache, finish, is_finished, manifest, p
 from pipeline.sources import Chunk, RawRecord, plan, read
 from pipeline.stage import Item, Resources, run_stage
 
+SHOWN = 200
+"""Letters of a list of columns in a message."""
 QUARANTINE = "quarantine.jsonl"
 COUNTED = (
     "prompts_cut",
@@ -251,7 +253,7 @@ def prepare(config: RunConfig, model: str, local: bool = False) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         clear_leftovers(folder)
         _write(config, chunks, folder, model, local)
-    refuse(config.data, summary(folder), f"see {folder / QUARANTINE}")
+    refuse(config.data, summary(folder), f"see {folder / QUARANTINE}", chunks)
     return folder
 
 
@@ -264,7 +266,8 @@ def _planned(config: RunConfig, model: str) -> tuple[Path, list[Chunk]]:
     """The rows' folder, and what they are made of."""
     cache = Path(config.storage) / "cache"
     bound = config.data.max_record_bytes
-    train = plan(config.data.sources, cache / "sources", chunk_bytes=CHUNK_BYTES, max_record_bytes=bound)
+    limit = config.data.limit
+    train = plan(config.data.sources, cache / "sources", chunk_bytes=CHUNK_BYTES, max_record_bytes=bound, limit=limit)
     held_out = plan(
         config.data.eval_sources,
         cache / "sources",
@@ -273,6 +276,7 @@ def _planned(config: RunConfig, model: str) -> tuple[Path, list[Chunk]]:
         first_record=train.records,
         key="data.eval_sources",
         max_record_bytes=bound,
+        limit=limit,
     )
     tokenizer = load_tokenizer(model, config.model.trust_remote_code)
     contents = [train.fingerprint, held_out.fingerprint]
@@ -345,9 +349,12 @@ def _is_whole(folder: Path) -> bool:
     return is_finished(folder)
 
 
-def refuse(data: DataConfig, found: Summary, hint: str) -> None:
-    """Raises DataError when too much was quarantined, or nothing is left."""
+def refuse(data: DataConfig, found: Summary, hint: str, chunks: Sequence[Chunk] = ()) -> None:
+    """Raises DataError when too much was quarantined, or nothing is left. chunks: whose records to look at for what they have."""
     why = "; ".join(f"{count} × {reason}" for reason, count in list(found.reasons.items())[:3])
+    if why.partition("× ")[2].startswith(("missing field", "column ")):
+        first = next((raw.value for chunk in chunks for raw in read(chunk) if raw.value is not None), None)
+        why += f"; the first record's columns are {', '.join(sorted(first))[:SHOWN]}" if first else ""
     if found.rows == 0:
         raise DataError(
             f"data.sources: no usable record among {found.records} ({why or 'the files are empty'}); {hint}"

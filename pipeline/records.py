@@ -258,3 +258,14 @@ RECORDS: dict[str, type[Record]] = {
     "unpaired": Unpaired,
     "trajectory": Trajectories,
 }
+
+_BESIDE = frozenset({"prompt", "messages", "conversations", "system", "tools", "chat_template_kwargs", "weight"})
+FIELDS: dict[str, frozenset[str]] = {
+    "demonstration": _BESIDE | {"response"},
+    "preference": _BESIDE | {"chosen", "rejected"},
+    "ranking": _BESIDE | {"responses", "ranks", "scores"},
+    "unpaired": _BESIDE | {"response", "completion", "label"},
+    "trajectory": _BESIDE
+    | {"trajectories", "steps", "response", "completion", "reward", "step_rewards", "step_logprobs"},
+}
+"""What is read of a raw record of each kind, in whatever layout; other columns are ignored."""

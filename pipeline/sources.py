@@ -11,8 +11,10 @@ Left out: finding files (`files`), JSON (`json_lines`, `json_records`), columns 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ class Chunk:
     label: str  # file name for people
     mapping: str  # JSON of the source's columns and trajectories; empty: the columns are ours
     max_record_bytes: int  # a larger record is refused unread
+    cut: bool = False  # the source's limit lies within: what follows the last record is not read
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +99,9 @@ def plan(
     first_record: int = 0,
     key: str = "data.sources",
     max_record_bytes: int = MAX_RECORD_BYTES,
+    limit: int | None = None,
 ) -> Plan:
-    """Find, hash and cut the files of all `sources`, in order.
+    """Find, hash and cut the files of all `sources`, in order; of each at most `limit` records, unless it has a limit of its own.
 
     `work` takes the parquet copies of `datasets` data. `first_source_index` and `first_record` let the numbers of a
     second plan (held-out records) go on where a first one ended; `key` names the sources in messages.
@@ -113,10 +117,13 @@ def plan(
     for i, (source, files) in enumerate(zip(sources, found, strict=True)):
         mapping = _mapping(source)
         contents.append(mapping)
+        left = source.limit or limit or math.inf
         for file in files:
+            if left <= 0:
+                break
             content, refused = xxhash.xxh3_128(), Refused(max_record_bytes)
             try:
-                spans = list(_scan(file, chunk_bytes, content, refused))
+                spans, cut = _first(_scan(file, chunk_bytes, content, refused), left)
             except (OSError, pa.ArrowException, ExtensionType) as error:
                 what = f"{file.path} is not a readable {file.format} file ({one_line(error)})"
                 raise ConfigError(f"{key}.{i}.path: {what}; replace it") from None
@@ -124,8 +131,31 @@ def plan(
                 place = (first_source_index + i, file.path, file.format, start, stop, record, records, line)
                 chunks.append(Chunk(*place, label=file.label, mapping=mapping, max_record_bytes=max_record_bytes))
                 record += records
-            contents.append([file.format, content.hexdigest(), *refused.name()])
+                left -= records
+            if cut:
+                chunks[-1] = replace(chunks[-1], cut=True)
+            contents.append(
+                [
+                    file.format,
+                    content.hexdigest(),
+                    *refused.name(),
+                    *([{"first": sum(span[3] for span in spans)}] if cut else []),
+                ]
+            )
     return Plan(chunks, digest(*contents), record - first_record)
+
+
+def _first(spans: Iterable[_Span], most: float) -> tuple[list[_Span], bool]:
+    """The spans that hold the first `most` records, and whether the last one is cut. What follows is not even looked at."""
+    found: list[_Span] = []
+    for start, stop, line, records in spans:
+        found.append((start, stop, line, int(min(most, records))))
+        if records > most:
+            return found, True
+        most -= records
+        if most <= 0:
+            break
+    return found, False
 
 
 def _mapping(source: Source) -> str:
@@ -140,10 +170,14 @@ def _scan(file: File, chunk_bytes: int, content: Any, refused: Refused) -> Itera
         return _scan_parquet(file.path, chunk_bytes, content, refused)
     if file.format == "json":
         return _scan_array(file.path, content, refused)
-    spans = list(cut_lines(file.path, chunk_bytes, content, refused))
-    if spans and compression(file.path):  # there is no place to start from but the beginning: one chunk
-        return [(0, spans[-1][1], 1, sum(records for *_, records in spans))]
-    return spans
+    spans = cut_lines(file.path, chunk_bytes, content, refused)
+    return _as_one(spans) if compression(file.path) else spans
+
+
+def _as_one(spans: Iterable[_Span]) -> list[_Span]:
+    """Of a compressed file, which can be read from its beginning only."""
+    pieces = list(spans)
+    return [(0, pieces[-1][1], 1, sum(records for *_, records in pieces))] if pieces else []
 
 
 def _scan_array(path: str, content: Any, refused: Refused) -> Iterator[_Span]:
@@ -190,7 +224,7 @@ def read(chunk: Chunk) -> Iterator[RawRecord]:
     parts = {"jsonl": _read_lines, "json": _read_array, "parquet": _read_parquet}[chunk.format](chunk)
     source = Source(path=chunk.path, **json.loads(chunk.mapping)) if chunk.mapping else None
     found = 0
-    for line, value, error, raw in parts:
+    for line, value, error, raw in islice(parts, chunk.records if chunk.cut else None):
         if value is not None and source is not None:
             value, error = _mapped(value, source)
         yield RawRecord(chunk.first_record + found, f"{chunk.label}:{line}", value, error, raw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pipeline.columns import _cut, answer_of, mapped, matches
-from pipeline.config import Source, TrajectoryColumns
+from pipeline.config import ConfigError, Source, TrajectoryColumns
 from pipeline.layouts import parse
 from pipeline.sources import plan, read
 
@@ -195,3 +196,39 @@ def test_steps_are_the_text_and_none_is_blank(text, separator):
 
 def test_blank_lines_go_to_their_neighbours():
     assert _cut("\n\na\n\nb\n", "\n") == ["\n\na\n\n", "b\n"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "hint"),
+    [
+        ({"wieght": "w"}, "sources.0.columns.wieght: no field of a preference; did you mean weight?"),
+        ({"promt": "instruction"}, "sources.0.columns.promt: no field of a preference; did you mean prompt?"),
+        (
+            {"response": "a"},
+            "sources.0.columns.response: no field of a preference; known are chat_template_kwargs, chosen",
+        ),
+    ],
+)
+def test_a_mapping_to_what_is_no_field_is_refused(make_config, columns: dict[str, str], hint: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"data: {hint}")):
+        make_config(f"data.sources=[{{path: x.jsonl, columns: {json.dumps(columns)}}}]")
+
+
+@pytest.mark.parametrize("arguments", [["--dry-run"], []])
+def test_a_missing_field_names_the_columns_that_there_are(qalign, tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "other.jsonl").write_text(json.dumps({"instruction": "q", "chosen": "a"}) + "\n")
+    status, _, told = qalign("train", *arguments, f"data.sources=[{{path: {tmp_path}/other.jsonl}}]")
+    assert status == 2
+    assert "1 × missing field: rejected; the first record's columns are chosen, instruction" in told
+
+
+def test_a_dry_run_shows_every_mapped_field(qalign, tmp_path: Path) -> None:
+    record = {"q": "2 + 2?", "good": "4", "bad": "5", "w": 0.25}
+    (tmp_path / "mapped.jsonl").write_text(json.dumps(record) + "\n")
+    columns = json.dumps({"prompt": "q", "chosen": "good", "rejected": "bad", "weight": "w"})
+    status, told, _ = qalign(
+        "train", "--dry-run", f"data.sources=[{{path: {tmp_path}/mapped.jsonl, columns: {columns}}}]"
+    )
+    assert status == 0
+    for line in ("prompt     ← q = '2 + 2?'", "chosen     ← good = '4'", "weight     ← w = 0.25"):
+        assert f"  {line}" in told.splitlines()

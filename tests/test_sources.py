@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from pipeline.config import ConfigError, Source
+from pipeline.data import prepare
 from pipeline.json_records import EXCERPT
+from pipeline.rows import Rows
 from pipeline.sources import Chunk, plan, read
 
 
@@ -71,7 +73,7 @@ def test_chunks_are_plain_and_small(tmp_path):
     assert [chunk.start for chunk in made.chunks[1:]] == [chunk.stop for chunk in made.chunks[:-1]]
     table = pa.Table.from_pylist([asdict(chunk) for chunk in made.chunks])  # as Ray Data carries them
     assert [Chunk(**row) for row in table.to_pylist()] == made.chunks
-    assert {type(value) for chunk in made.chunks for value in asdict(chunk).values()} == {int, str}
+    assert {type(value) for chunk in made.chunks for value in asdict(chunk).values()} == {int, str, bool}
 
 
 def test_a_large_parquet_row_group_is_cut_and_small_ones_are_joined(tmp_path):
@@ -373,3 +375,42 @@ def test_a_name_that_nothing_has_is_refused(tmp_path, monkeypatch):
         ConfigError, match=r"^data\.sources\.0\.path: nobody/nothing is neither a path here nor a data set"
     ):
         plan([Source(path="nobody/nothing")], tmp_path / "work")
+
+
+# ------------------------------------------------------------------------------------------------ limits
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "json", "parquet"])
+def test_a_limit_reads_the_first_records_of_each_source(tmp_path: Path, ending: str) -> None:
+    wanted = [{"prompt": f"{i}", "chosen": "a" * 50, "rejected": "b"} for i in range(40)]
+    files = []
+    for name in ("one", "two"):
+        path = tmp_path / f"{name}.{ending}"
+        text = "\n".join(map(json.dumps, wanted)) + "\n"
+        if ending == "jsonl":
+            path.write_text(text)
+        elif ending == "jsonl.gz":
+            path.write_bytes(gzip.compress(text.encode()))
+        elif ending == "json":
+            path.write_text(json.dumps(wanted))
+        else:
+            parquet.write_table(pa.Table.from_pylist(wanted), path)
+        files.append(path)
+    one, two = (Source(path=str(path)) for path in files)
+    for chunk_bytes in (300, 1 << 20):
+        for limit in (1, 3, 4, 39):
+            found = values(plan([one, two], tmp_path, chunk_bytes=chunk_bytes, limit=limit))
+            assert found == wanted[:limit] * 2
+        own = plan([one.model_copy(update={"limit": 7}), two], tmp_path, chunk_bytes=chunk_bytes, limit=2)
+        assert values(own) == wanted[:7] + wanted[:2]
+        assert own.records == 9
+        whole = plan([one, two], tmp_path, chunk_bytes=chunk_bytes)
+        assert plan([one, two], tmp_path, chunk_bytes=chunk_bytes, limit=40).fingerprint == whole.fingerprint
+        limited = {plan([one], tmp_path, chunk_bytes=chunk_bytes, limit=limit).fingerprint for limit in (1, 2, 5, None)}
+        assert len(limited) == 4
+
+
+def test_a_limit_holds_for_a_run(make_config, tmp_path: Path) -> None:
+    config = make_config("data.limit=5")
+    rows = Rows(prepare(config, config.model.path, local=True))
+    assert len(rows) == 5

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from pipeline.records import RecordKind
-from pipeline.sections.base import Fraction, Name, Place, Section
+from pipeline.records import FIELDS, RecordKind
+from pipeline.sections.base import Count, Fraction, Name, Place, Section
 
 
 def check_answer_pattern(pattern: str) -> None:
@@ -62,6 +63,8 @@ class Source(Section):
     """Split of a Hugging Face data set."""
     trajectories: tuple[TrajectoryColumns, ...] = ()
     """For data.kind=trajectory: where each trajectory of a record lies, when the columns are not ours."""
+    limit: Count | None = None
+    """Read no more than so many records, from the beginning; default: `data.limit`."""
     share: Annotated[float, Field(gt=0)] | None = None
     """Share of this source in the mix. Set it on all sources or none (= every row of every source is used)."""
 
@@ -81,6 +84,8 @@ class DataConfig(Section):
     """Training records."""
     eval_sources: tuple[Source, ...] = ()
     """Held-out records. Empty: `eval_fraction` of the training prompts is held out."""
+    limit: Count | None = None
+    """Read no more than so many records of each source, from its beginning: to try something out."""
     eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the training prompts to hold out (by prompt, so that no prompt is on both sides)."""
     max_length: Annotated[int, Field(ge=2)] = 1024
@@ -103,6 +108,17 @@ class DataConfig(Section):
     """A record that is larger in its file is quarantined unread: text takes some seventy times its size in memory as it is tokenised."""
     max_bad_fraction: Fraction = 0.1
     """Stop when more than this share of the records is unusable."""
+
+    @model_validator(mode="after")
+    def _known_columns(self) -> DataConfig:
+        known = FIELDS[self.kind]
+        for key, sources in (("sources", self.sources), ("eval_sources", self.eval_sources)):
+            for i, source in enumerate(sources):
+                for name in sorted(source.columns.keys() - known):
+                    near = get_close_matches(name, known, n=1)
+                    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(known))}"
+                    raise ValueError(f"{key}.{i}.columns.{name}: no field of a {self.kind}; {hint}")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
