@@ -7,7 +7,8 @@ Prompts, in this order of preference:
     the last "\n\nAssistant:" they share. Of other texts, the longest common beginning, cut back to the end of a word
     (white space goes to the responses). Words that two answers happen to share then count as prompt: an explicit
     prompt is better.
-A text in `system` becomes the first turn; `tools` and `chat_template_kwargs` go to the template. Responses are texts, or
+A dialogue that ends with a response that stands beside it, too, is prompt without its last turn.
+A text in `system` becomes the first turn; `tools` (or `functions`) and `chat_template_kwargs` go to the template. Responses are texts, or
 dialogues whose last assistant turn is the response; turns after it are dropped. If a dialogue holds more than the answer, what
 comes before is the prompt, and a `prompt` beside it must agree. Text prompts with dialogue responses become a user turn, and so
 do those with a system text or tools. Where an explicit prompt ends with an assistant's turn, the response continues that turn;
@@ -29,6 +30,7 @@ from pipeline.messages import (
     DIALOGUES,
     SURROGATE,
     Turn,
+    declared_tools,
     field_of,
     from_json,
     kind_of,
@@ -58,15 +60,27 @@ def prompted(given: dict[str, Any], responses: dict[str, Any]) -> tuple[Prompt, 
             prompt = _shared_text(texts)
             texts = [text[len(prompt) :] for text in texts]
             refuse_empty(dict(zip(responses, texts, strict=True)))
-        return completed(prompt, given), texts
+        return completed(_without(texts, prompt, given), given), texts
     if any(isinstance(response, str) for response in responses.values()):
         raise ValueError("wrong type: responses are partly text and partly messages")
     parts = [answered(turns_of(response, name), name) for name, response in responses.items()]
     before = parts[0][0]
     if any(other != before for other, _ in parts):
         raise ValueError(UNSHARED)
+    answers = [response for _, response in parts]
     prompt = agreed(explicit_prompt(given, ("prompt",) if before else ("prompt", *DIALOGUES)), before)
-    return completed(prompt, given), [response for _, response in parts]
+    return completed(_without(answers, prompt, given), given), answers
+
+
+def _without(answers: Sequence[str | Message], prompt: Prompt, given: dict[str, Any]) -> Prompt:
+    """The prompt; a dialogue beside the answers may end with one of them, which then is no prompt."""
+    if "prompt" in given or isinstance(prompt, str) or not prompt or prompt[-1].role != "assistant":
+        return prompt
+    if said(prompt[-1]).strip() not in [said(answer).strip() for answer in answers]:
+        return prompt
+    if len(prompt) == 1:
+        raise ValueError("no prompt: the dialogue begins with the answer")
+    return prompt[:-1]
 
 
 def _as_messages(responses: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +119,7 @@ def completed(prompt: Prompt, given: dict[str, Any]) -> Prompt:
     system = given.get("system", "")
     if not isinstance(system, str):
         raise ValueError(f"wrong type: system is {kind_of(system)}, expected text")
-    tools, options = tools_of(given.get("tools")), _options(given.get("chat_template_kwargs"))
+    tools, options = tools_of(declared_tools(given)), _options(given.get("chat_template_kwargs"))
     if not system.strip() and tools is None and not options:
         return prompt
     if isinstance(prompt, str):

@@ -38,7 +38,7 @@ def parse(value: Mapping[str, Any], kind: RecordKind, ties: str = "refuse") -> R
     ties: "refuse" tied ranks, or take the "first" in the file as the better one.
     Raises ValueError with a short reason.
     """
-    given = {field: content for field, content in value.items() if content is not None}
+    given = _given(value)
     _refuse_media(given)
     if "weight" in given:
         _check_weight(given["weight"])
@@ -50,6 +50,14 @@ def parse(value: Mapping[str, Any], kind: RecordKind, ties: str = "refuse") -> R
     if kind == "ranking" and ties == "refuse" and record.tied:
         raise ValueError("tied ranks")
     return record
+
+
+def _given(value: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record holds; a list in `conversation` (LMSYS, WildChat) is its messages, if nothing else is."""
+    given = {field: content for field, content in value.items() if content is not None}
+    if isinstance(given.get("conversation"), list) and not any(field in given for field in DIALOGUES):
+        given["messages"] = given["conversation"]
+    return given
 
 
 def _refuse_media(given: Mapping[str, Any]) -> None:
@@ -69,7 +77,7 @@ def _check_weight(weight: Any) -> None:
 
 def parse_prompt(value: Mapping[str, Any]) -> str | Dialogue:
     """The prompt of a record whose responses, if any, do not matter (sampling). Raises ValueError."""
-    given = {field: content for field, content in value.items() if content is not None}
+    given = _given(value)
     _refuse_media(given)
     prompt = explicit_prompt(given, ("prompt", *DIALOGUES))
     if prompt is None:

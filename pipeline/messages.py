@@ -1,12 +1,13 @@
 """Chat messages of many makers → `records.Message`: names of fields and roles, thoughts, calls of tools and their answers, JSON text.
 
-No field is dropped in silence. Each is read, or is of `METADATA`, which says nothing to a model, or the message is refused. What is null,
-or empty, says nothing either: Arrow gives every struct all fields of all others.
+No field is dropped in silence. Each is read, or is of `message_fields.METADATA`, which says nothing to a model, or the message is refused. What is null
+or empty, however deep, says nothing either: Arrow gives every struct all fields of all others.
 
   * words: `content` (text, or a list of text parts), or ShareGPT's `value`;
   * thoughts: `reasoning_content`, `reasoning` or `thinking`;
-  * calls: `tool_calls`, their arguments an object or JSON text, OpenAI's older `function_call`, ShareGPT's turns from `function_call`;
+  * calls: `tool_calls`, their arguments an object or JSON text, OpenAI's older `function_call`, turns from `function_call` or `tool_call`;
   * answers of tools: roles tool, function, observation, tool_response;
+  * roles in small letters or capitals;
   * `weight`, `train`, `loss` and the like, 0 or 1: whether to train on an assistant's turn.
 
 Left out: which messages are prompt and which response (`dialogues`), what a template makes of them (`chat`).
@@ -21,66 +22,23 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from pipeline.message_fields import (
+    ARGUMENTS,
+    CALLERS,
+    CALLING,
+    METADATA,
+    PART_METADATA,
+    REPEATED,
+    REWARDS,
+    ROLES,
+    THOUGHTS,
+    TRAINED,
+    WORDS,
+)
 from pipeline.records import Message
 
 DIALOGUES = ("messages", "conversations")
 """Columns that hold a dialogue."""
-ROLES = {
-    "human": "user",
-    **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant"),
-    **dict.fromkeys(("function", "observation", "tool_response"), "tool"),
-}
-"""Speakers under the names that chat templates know."""
-CALLING = "function_call"
-"""ShareGPT's name for an assistant's turn that is a call; also OpenAI's older name for the field."""
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-TRAINED = ("weight", "train", "training", "trainable", "train_on_turn", "loss")
-"""Whether to train on a turn; more than one of them have to agree."""
-REWARDS = ("reward", "logprob", "logprobs")
-"""Of a trajectory's turns."""
-METADATA = frozenset(
-    [
-        "id",
-        "uuid",
-        "message_id",
-        "msg_id",
-        "parent_id",
-        "parent_message_id",
-        "turn_id",
-        "turn_identifier",
-        "conversation_id",
-        "index",
-        "turn",
-        "timestamp",
-        "time",
-        "date",
-        "created",
-        "created_at",
-        "create_time",
-        "updated_at",
-        "model",
-        "model_name",
-        "provider",
-        "lang",
-        "language",
-        "country",
-        "state",
-        "header",
-        "hashed_ip",
-        "redacted",
-        "toxic",
-        "token_count",
-        "num_tokens",
-        "tokens",
-        "usage",
-        "finish_reason",
-        "stop_reason",
-        "metadata",
-    ]
-)
-"""Fields that say who made a message, when and where, and nothing that a model reads."""
-_ARGUMENTS = {"parameters": "arguments"}
-"""Another name of a call's arguments."""
 SURROGATE = "bad Unicode: half of a surrogate pair"
 
 
@@ -123,6 +81,15 @@ def messages_in(text: str) -> Any:
     return found if whole and all({"role", "from"} & turn.keys() for turn in found) else text
 
 
+def declared_tools(given: Mapping[str, Any]) -> Any:
+    """What a record says of tools: in `tools`, or in OpenAI's older `functions`, if that has such."""
+    older = given.get("functions")
+    if isinstance(older, str):
+        older = _loaded(older, "functions")
+    functions = isinstance(older, list) and older and all(isinstance(one, Mapping) and "name" in one for one in older)
+    return given.get("tools") or (older if functions else None)
+
+
 def tools_of(value: Any) -> tuple[dict[str, Any], ...] | None:
     """A record's tools, each as {"type": "function", "function": {…}}; also from JSON text, and from functions alone."""
     value = from_json(value, "tools") if isinstance(value, str) and value.strip() else value
@@ -160,10 +127,10 @@ def _turn(turn: Any, field: str) -> Turn:
     role, content = (given.pop(name, None) for name in (("from", "value") if sharegpt else ("role", "content")))
     if not isinstance(role, str):
         raise ValueError(f"wrong type: a message's role in {field} is {kind_of(role)}, expected text")
-    message: dict[str, Any] = {"role": ROLES.get(role, role)}
+    message: dict[str, Any] = {"role": ROLES.get(role) or ROLES.get(role.lower(), role)}
     if given:
         message |= _beside(given)
-    if role == CALLING:
+    if role in CALLERS:
         message |= {"role": "assistant", "tool_calls": _calls(content)}
     elif content is not None or not {"tool_calls", "reasoning_content"} & message.keys():
         words, thoughts = _words(content, field) if isinstance(content, list) else (content, "")
@@ -195,15 +162,20 @@ def _beside(given: dict[str, Any]) -> dict[str, Any]:
     for name in THOUGHTS:
         if given.get(name) and found.setdefault("reasoning_content", given[name]) != given[name]:
             raise ValueError("a message has two different reasonings")
-    calls = given.get("tool_calls") or given.get(CALLING)
-    if calls:
-        found["tool_calls"] = _calls(calls)
-    for name in ("tool_call_id", "name"):
-        if given.get(name) not in (None, ""):
-            found[name] = given[name]
-    known = {*THOUGHTS, *TRAINED, *REWARDS, *METADATA, "tool_calls", CALLING, "tool_call_id", "name"}
+    for name in ("tool_calls", CALLING):
+        calls = None if is_empty(given.get(name)) else _calls(given[name])
+        if calls and found.setdefault("tool_calls", calls) != calls:
+            raise ValueError("a message has two different calls")
+    for name, ours in (("tool_call_id", "tool_call_id"), ("name", "name"), ("tool_name", "name")):
+        if given.get(name) not in (None, "") and found.setdefault(ours, given[name]) != given[name]:
+            raise ValueError("a message has two different names")
+    known = {*THOUGHTS, *TRAINED, *REWARDS, *METADATA, "tool_calls", CALLING, "tool_call_id", "name", "tool_name"}
+    if given.get("type") == "message":
+        known.add("type")
+    if "reasoning_content" in found:
+        known.update(REPEATED)
     for name, value in given.items():
-        if name not in known and value not in ("", [], {}):
+        if name not in known and not is_empty(value):
             raise ValueError(f"a message has a field that is not understood: {str(name)[:40]!r}")
     return found
 
@@ -216,12 +188,12 @@ def _words(parts: list[Any], field: str) -> tuple[Any, str]:
             raise ValueError(f"wrong type: a message's content in {field} is a list, expected text")
         given = {name: value for name, value in part.items() if value is not None}
         kind = given.pop("type", None)
-        text = given.pop(kind, None) if kind in ("text", "thinking", "reasoning") else None
+        text = given.pop("text" if kind in WORDS else kind, None) if kind in (*WORDS, "thinking", "reasoning") else None
         if not isinstance(text, str):
             raise ValueError(f"a message has content that is no text: {str(kind)[:40]!r}")
-        if unknown := [name for name in given if name not in METADATA and given[name] not in ("", [], {})]:
+        if unknown := [name for name in given if name not in PART_METADATA and not is_empty(given[name])]:
             raise ValueError(f"a part of a message has a field that is not understood: {str(unknown[0])[:40]!r}")
-        (words if kind == "text" else thoughts).append(text)
+        (words if kind in WORDS else thoughts).append(text)
     return ("".join(words) if parts else parts), "".join(thoughts)
 
 
@@ -245,7 +217,7 @@ def _call(given: Any) -> dict[str, Any]:
         raise ValueError("a tool call has no name")
     if call.get("type", "function") != "function":
         raise ValueError("a tool call is no function's")
-    function = {_ARGUMENTS.get(name, name): value for name, value in inside.items() if value is not None}
+    function = {ARGUMENTS.get(name, name): value for name, value in inside.items() if value is not None}
     arguments = function.setdefault("arguments", {}) or {}
     if not isinstance(arguments, str | Mapping):
         raise ValueError(
@@ -289,6 +261,15 @@ def from_json(text: str, field: str) -> Any:
 def field_of(name: str) -> str:
     """ "responses" of "responses[3]": reasons don't count elements."""
     return name.partition("[")[0]
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value is null, or holds nothing but what is."""
+    if isinstance(value, Mapping):
+        return all(map(is_empty, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(is_empty, value))
+    return value is None or value == ""
 
 
 def kind_of(value: Any) -> str:

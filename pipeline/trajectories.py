@@ -23,7 +23,7 @@ from itertools import groupby, pairwise
 from typing import Any
 
 from pipeline.dialogues import UNSHARED, Prompt, agreed, check_number, completed, explicit_prompt, refuse_empty
-from pipeline.messages import DIALOGUES, kind_of, turns_of
+from pipeline.messages import DIALOGUES, declared_tools, kind_of, turns_of
 from pipeline.records import Dialogue, Message, said
 
 RESPONSES = ("response", "completion")
@@ -54,7 +54,7 @@ def trajectories(given: dict[str, Any]) -> dict[str, Any]:
 
 def _with_tools(given: dict[str, Any], several: list[Any]) -> dict[str, Any]:
     """The record with the tools that its trajectories name; they share a prompt, so they have to be the same."""
-    tools = [entry.get("tools") or given.get("tools") for entry in several]
+    tools = [declared_tools(entry) or declared_tools(given) for entry in several]
     if any(other != tools[0] for other in tools):
         raise ValueError("the trajectories of a record have different tools")
     return given | ({"tools": tools[0]} if tools[0] else {})

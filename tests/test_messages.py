@@ -104,14 +104,14 @@ def test_answers_of_tools_under_their_names():
             "a message has content that is no text: 'image'",
         ),
         (
-            USER | {"content": [{"type": "text", "text": "a", "cache_control": {"type": "x"}}]},
-            "a part of a message has a field that is not understood: 'cache_control'",
+            USER | {"content": [{"type": "text", "text": "a", "source": {"x": 1}, "data": {"type": "x"}}]},
+            "a part of a message has a field that is not understood: 'data'",
         ),
         ({"role": "assistant", "content": None}, "wrong type: a message's content in messages is null, expected text"),
         (USER | {"tool_calls": [CALL]}, "tool calls in a message that is not the assistant's"),
         (CALLING | {"tool_calls": "{"}, "broken JSON: the text of tool_calls"),
         (CALLING | {"tool_calls": 5}, "wrong type: tool_calls is a number, expected a list of calls"),
-        (CALLING | {"tool_calls": [{"function": {"arguments": {}}}]}, "a tool call has no name"),
+        (CALLING | {"tool_calls": [{"function": {"arguments": {"a": 1}}}]}, "a tool call has no name"),
         (CALLING | {"tool_calls": [{**CALL, "type": "custom"}]}, "a tool call is no function's"),
         (CALLING | {"tool_calls": [{**CALL, "extra": 1}]}, "a tool call has a field that is not understood: 'extra'"),
         (
@@ -123,6 +123,15 @@ def test_answers_of_tools_under_their_names():
             {"role": "assistant", "content": "a", "reasoning": "x", "thinking": "y"},
             "a message has two different reasonings",
         ),
+        (
+            {"role": "assistant", "content": "a", "reasoning_details": [{"text": "x"}]},
+            "a message has a field that is not understood: 'reasoning_details'",
+        ),
+        (
+            CALLING | {"function_call": {"name": "other", "arguments": "{}"}},
+            "a message has two different calls",
+        ),
+        (USER | {"type": "reasoning"}, "a message has a field that is not understood: 'type'"),
         (USER | {"name": 5}, "wrong type: a message's name in messages, expected text"),
         (USER | {"weight": 1}, "a message that is marked to be trained on is not the assistant's"),
         (
@@ -255,6 +264,80 @@ def test_a_trajectory_is_turns_and_what_they_call():
     assert len(parse({"trajectories": both}, "trajectory").trajectories) == 2, "they call with other arguments"
     with pytest.raises(ValueError, match=r"^equal trajectories with different rewards$"):
         parse({"trajectories": [both[0], both[0] | {"reward": 0}]}, "trajectory")
+
+
+PLAIN = [Message(role="user", content="Weather in Oslo?"), Message(role="assistant", content="3")]
+ANSWER = {"role": "assistant", "content": "3"}
+NOTHING = {"tool_calls": [{"id": None, "function": {"name": None, "arguments": None}}], "function_call": {"name": None}}
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [{"from": "Human", "value": "Weather in Oslo?", "markdown": None}, {"from": "GPT", "value": "3", "text": None}],
+        [{"from": "User", "value": "Weather in Oslo?", "label": None}, {"from": "bing", "value": "3", "weight": 1.0}],
+        [{"role": "USER", "content": "Weather in Oslo?"}, {"role": "Assistant", "content": "3"}],
+        [
+            USER | {"turn_identifier": 1, "hashed_ip": "x"},
+            ANSWER | {"openai_id": "x", "token_counter": 3, "top_p": 1.0},
+        ],
+        [USER | {"info": {"source": "x"}}, ANSWER | NOTHING | {"provider_specific_fields": {"refusal": None}}],
+        [USER, ANSWER | {"refusal": None, "annotations": [], "audio": {"id": None}, "user_id": "u", "source": "s"}],
+        [
+            USER | {"content": [{"type": "text", "text": "Weather in Oslo?", "cache_control": {"type": "ephemeral"}}]},
+            ANSWER | {"content": [{"type": "text", "text": "3", "citations": [{"url": "x"}], "mimeType": None}]},
+        ],
+        [
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Weather in Oslo?"}]},
+            {
+                "type": "message",
+                "status": "completed",
+                "role": "assistant",
+                "content": [{"type": "output_text", "text": "3", "logprobs": []}],
+            },
+        ],
+    ],
+)
+def test_fields_without_meaning_of_public_data_sets_and_services(turns):
+    assert read(*turns) == PLAIN
+    for field in ("messages", "conversations", "conversation"):
+        record = parse({field: turns, "id": 1, "system_prompt": None, "parallel_tool_calls": False}, "demonstration")
+        assert (list(record.prompt), record.response) == (PLAIN[:1], "3")
+
+
+def test_thoughts_and_names_that_services_return_twice():
+    details = [{"type": "reasoning.text", "text": "x"}]
+    thought = Message(role="assistant", content="3", reasoning_content="x")
+    assert read(ANSWER | {"reasoning": "x", "reasoning_details": details, "thinking_blocks": details}) == [thought]
+    parts = [{"type": "thinking", "thinking": "x", "signature": "s"}, {"type": "text", "text": "3"}]
+    assert read(ANSWER | {"content": parts}) == [thought]
+    assert read({"role": "tool", "tool_name": "weather", "content": "3"}) == [
+        Message(role="tool", name="weather", content="3")
+    ]
+
+
+def test_older_and_other_layouts_of_calls():
+    spoken = '{"name": "weather", "arguments": {"city": "Oslo"}}'
+    assert read({"role": "tool_call", "content": spoken}) == read({"from": "function_call", "value": spoken})
+    older = {"messages": [USER, ANSWER], "functions": [FUNCTION]}
+    newer = {"messages": [USER, ANSWER], "tools": [TOOL]}
+    assert parse(older, "demonstration") == parse(newer, "demonstration")
+    assert parse(older | {"reward": 1}, "trajectory") == parse(newer | {"reward": 1}, "trajectory")
+    assert parse_prompt(older | {"functions": json.dumps([FUNCTION])}) == parse_prompt(newer)
+    assert parse_prompt({"messages": [USER, ANSWER], "functions": ["sin", "cos"]}).tools is None  # of another meaning
+
+
+def test_a_dialogue_beside_its_own_answer_is_no_prompt_with_that_answer():
+    for response in ("3", [ANSWER]):
+        record = parse({"conversations": [USER, ANSWER], "response": response}, "demonstration")
+        assert (list(record.prompt), record.response) == (PLAIN[:1], "3")
+    pair = {"messages": [USER, ANSWER], "chosen": "3", "rejected": "4"}
+    assert list(parse(pair, "preference").prompt) == PLAIN[:1]
+    assert list(parse(pair | {"chosen": "5"}, "preference").prompt) == PLAIN
+    continued = {"prompt": [USER, ANSWER], "chosen": "3", "rejected": "4"}
+    assert list(parse(continued, "preference").prompt) == PLAIN
+    with pytest.raises(ValueError, match=r"^no prompt: the dialogue begins with the answer$"):
+        parse({"messages": [ANSWER], "response": "3"}, "demonstration")
 
 
 def test_messages_out_of_parquet_have_no_fields_of_each_other(tmp_path: Path):
