@@ -59,7 +59,14 @@ def decoded(config: RunConfig, local: bool) -> tuple[DecodingTask, bool]:
         for _ in stage:
             pass
         task.finish()
-    if not task.facts()["rows"]:
+    facts = task.facts()
+    if facts["unscored"]:
+        told = f"failed on {facts['unscored']:.0f} completions (first {task.first_unscored()})"
+        again = "mend it, then the same command decodes them again"
+        if not facts["rows"]:
+            raise ConfigError(f"sampling.scorer: {told}; {again}")
+        print(f"warning: sampling.scorer {told}; {again}", file=sys.stderr)
+    if not facts["rows"]:
         raise ConfigError(f"sampling.prompts: no usable prompt; see {task.quarantine}")
     return task, done_before
 

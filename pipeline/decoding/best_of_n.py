@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from pipeline.decoding.contract import Completion, Prompt, Tools
+from pipeline.decoding.contract import SCORER_FAILED, Completion, Prompt, Tools
 from pipeline.decoding.sampling import draw
 
 
@@ -29,7 +29,7 @@ def best_of_n(tools: Tools, prompts: Sequence[Prompt]) -> list[Completion]:
 def _best(group: list[Completion], scores: torch.Tensor) -> Completion:
     n, failed = len(group), int((~scores.isfinite()).sum())
     if failed:
-        return Completion([], [], failure=f"the scorer failed on {failed} of {n} samples")
+        return Completion([], [], failure=f"{SCORER_FAILED} on {failed} of {n} samples")
     place = int(scores.argmax())
     details = {"n": float(n), "kl_bound": kl_bound(n), "mean_score_of_n": float(scores.mean())}
     return Completion(group[place].token_ids, group[place].logprobs, float(scores[place]), details)

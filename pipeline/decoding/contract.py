@@ -48,6 +48,10 @@ Score = Callable[[Sequence[Prompt], Sequence[Sequence[int]]], Tensor]
 """n prompts and a response (token ids) to each → scores [n] float64, nan where the scorer failed."""
 
 
+SCORER_FAILED = "the scorer failed"
+"""How the failure of a completion begins that a scorer is to blame for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tools:
     """Models and settings of one decoder."""

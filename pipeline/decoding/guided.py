@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.decoding.choice import COLD, barred, gumbel, stream
-from pipeline.decoding.contract import Completion, Prompt, Role, Tools, check_lengths, portions
+from pipeline.decoding.contract import SCORER_FAILED, Completion, Prompt, Role, Tools, check_lengths, portions
 from pipeline.decoding.prefixes import Prefixes
 from pipeline.decoding.sampling import begin
 
@@ -42,7 +42,7 @@ class _Row:
     def take(self, token: int, logprob: float, scorer_failed: bool) -> bool:
         """Append a token; where the scorer failed there is none, and the row ends here: False."""
         if scorer_failed:
-            self.failure = f"the scorer failed on a candidate for token {len(self.token_ids) + 1}"
+            self.failure = f"{SCORER_FAILED} on a candidate for token {len(self.token_ids) + 1}"
             return False
         self.token_ids.append(token)
         self.logprobs.append(logprob)

@@ -44,7 +44,7 @@ SCHEMA = pa.schema(
 )
 """A row of the output: one completion. logprobs: under what the decoder drew from; seconds: the batch's, shared out evenly."""
 
-FACTS = ("rows", "tokens", "refused", "seconds", "scored", "score", "score_squared")
+FACTS = ("rows", "tokens", "refused", "unscored", "seconds", "scored", "score", "score_squared")
 
 
 def check_output(path: Path) -> None:
@@ -64,8 +64,10 @@ class Pieces:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def write(self, number: int, rows: list[dict[str, Any]], refused: list[dict[str, str]], seconds: float) -> None:
-        """Write piece `number`; it exists when this returns, or not at all."""
+    def write(
+        self, number: int, rows: list[dict[str, Any]], refused: list[dict[str, str]], seconds: float, unscored: int = 0
+    ) -> None:
+        """Write piece `number`; it exists when this returns, or not at all. unscored: of those refused, by a scorer that failed."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path, lines in ((self._rows(number), rows), (self._refused(number), refused)):
             write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in redacted(lines)))
@@ -74,6 +76,7 @@ class Pieces:
             "rows": len(rows),
             "tokens": sum(len(row["token_ids"]) for row in rows),
             "refused": len(refused),
+            "unscored": unscored,
             "seconds": seconds,
             "scored": len(scores),
             "score": sum(scores),
@@ -83,9 +86,9 @@ class Pieces:
         write_json(self._facts(number), facts)
 
     def is_done(self, number: int) -> bool:
-        """Whether piece `number` was written to its end, and is what was written."""
+        """Whether piece `number` was written to its end, is what was written, and no scorer failed in it: that may be mended by now."""
         known = recall_json(self._facts(number), _checked_facts)
-        if known is None:
+        if known is None or known[0]["unscored"]:
             return False
         paths = (self._rows(number), self._refused(number))
         if all(path.is_file() and digest_file(path) == digest for path, digest in zip(paths, known[1], strict=True)):

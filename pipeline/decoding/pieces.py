@@ -22,7 +22,7 @@ from pipeline.columns import answer_of, column
 from pipeline.config import ConfigError, RunConfig
 from pipeline.config_file import validate
 from pipeline.decoding import DECODERS
-from pipeline.decoding.contract import Completion, Prompt, Tools, context_of, unusable
+from pipeline.decoding.contract import SCORER_FAILED, Completion, Prompt, Tools, context_of, unusable
 from pipeline.decoding.loading import load_models
 from pipeline.decoding.output import Pieces
 from pipeline.decoding.rescoring import token_logprobs
@@ -97,7 +97,7 @@ class Made(NamedTuple):
     def scored(self, score: float | None) -> Made:
         """The same with a scorer's verdict; one that is no number is a failure."""
         fails = score is not None and not np.isfinite(score)
-        failure = "the scorer failed on it" if fails else self.completion.failure
+        failure = f"{SCORER_FAILED} on it" if fails else self.completion.failure
         return self._replace(completion=replace(self.completion, score=score, failure=failure))
 
 
@@ -137,7 +137,8 @@ class DecodePiece:
         usable = [one for one in asked if one.prompt is not None]
         started = time.monotonic()
         rows, failed = self._decode(usable) if usable else ([], [])
-        self.pieces.write(piece.number, rows, refused + failed, time.monotonic() - started)
+        unscored = sum(SCORER_FAILED in line["reason"] for line in failed)
+        self.pieces.write(piece.number, rows, refused + failed, time.monotonic() - started, unscored)
         return {"piece": piece.number}
 
     def _read(self, piece: Piece) -> Iterator[Asked]:
@@ -183,11 +184,16 @@ class DecodePiece:
         given = [Made(asked[i // copies].source, prompts[i // copies], i % copies, c) for i, c in enumerate(found)]
         scored = self._scored(given)
         failed = [
-            {"source": made.source, "reason": f"completion {made.index}: {made.completion.failure}"}
+            {"source": made.source, "reason": f"completion {made.index}: {self._reason(made.completion.failure)}"}
             for made in scored
             if made.completion.failure is not None
         ]
         return self._columns([made for made in scored if made.completion.failure is None], seconds), failed
+
+    def _reason(self, failure: str) -> str:
+        """Of a scorer's failure, with what it raised first."""
+        raised = next((scorer.failure for scorer in self.scorers.values() if scorer.failure is not None), None)
+        return f"{failure} ({raised})" if raised is not None and failure.startswith(SCORER_FAILED) else failure
 
     def _scored(self, given: list[Made]) -> list[Made]:
         """The same completions with the scorer's verdict as their score: None without a scorer."""

@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from pipeline import rope
@@ -186,8 +187,10 @@ def uncached(model: nn.Module) -> str | None:
 
     Raises ConfigError for a model that looks ahead.
     """
+    lm = model.lm if isinstance(model, Thinker) else model
+    if not isinstance(lm, PreTrainedModel):  # whoever writes a model of another kind keeps to the cache's contract
+        return None
     if model not in _REASONS:
-        lm = model.lm if isinstance(model, Thinker) else model
         rope.attach(lm)
         check_causal(lm)
         _REASONS[model] = _try_cache(lm)

@@ -50,6 +50,7 @@ class LiveScorer:
         self._config, self._tokenizer, self._model = config, tokenizer, model
         self._judge: Judge | None = None
         self._texts: dict[tuple[int, ...], str] = {}
+        self.failure: str | None = None  # what it raised first since `begin`
         if kind == "classifier":
             self._judge = _classifier(config, tokenizer, argument, gpu)
         elif kind in SCORERS and kind != "verifiable":
@@ -60,6 +61,7 @@ class LiveScorer:
     def begin(self, prompts: Sequence[Prompt], answers: Sequence[str | None] | None) -> None:
         """Get ready for these prompts. answers: one each, where the records are at hand; only `verifiable` reads them."""
         self._texts = {tuple(prompt.ids): self._text(prompt.ids) for prompt in prompts}
+        self.failure = None
         if self._config.sampling.scorer == "verifiable":
             texts = set(self._texts.values())
             if answers is None:
@@ -86,7 +88,10 @@ class LiveScorer:
             Texts(self._texts[tuple(prompt.ids)], text, list(prompt.ids), list(ids))
             for prompt, text, ids in zip(prompts, texts, responses, strict=True)
         ]
-        return torch.from_numpy(self._judge(asked, True)[0])
+        scores, failures = self._judge(asked, True)
+        if failures and self.failure is None:
+            self.failure = failures[0][1]
+        return torch.from_numpy(scores)
 
     def _text(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)

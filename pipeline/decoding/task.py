@@ -5,6 +5,7 @@ Everything that can be known to fail is found here, before an actor starts.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 from pipeline import cluster, driver, preflight
 from pipeline.config import ConfigError, RunConfig, digest
 from pipeline.decoding import DECODERS
-from pipeline.decoding.contract import Decoder, Role, context_of
+from pipeline.decoding.contract import SCORER_FAILED, Decoder, Role, context_of
 from pipeline.decoding.loading import KEYS, check_scorers, named_models, weights
 from pipeline.decoding.output import FACTS, Pieces, check_output
 from pipeline.decoding.pieces import Piece, check_room, pieces_of_rows, pieces_of_source
@@ -66,11 +67,11 @@ class DecodingTask:
         }
 
     def finished(self) -> bool:
-        """Whether the output is there and this very task made it."""
+        """Whether the output is there, this very task made it, and no scorer failed on the way."""
         if not self.output.exists():
             return False
         told = recall_json(self._description, _checked)
-        return told is not None and told["identity"] == self.identity
+        return told is not None and told["identity"] == self.identity and not told["unscored"]
 
     def facts(self) -> dict[str, float]:
         """Totals of the finished output: rows, tokens, refused, seconds of all actors, scores."""
@@ -82,8 +83,15 @@ class DecodingTask:
         facts = self.files.facts(len(self.pieces))
         self.files.assemble(len(self.pieces), self.output, self.quarantine)
         write_json(self._description, {"identity": self.identity, "method": self.config.decoding.method, **facts})
-        self.files.discard()
+        if not facts["unscored"]:
+            self.files.discard()
         return facts
+
+    def first_unscored(self) -> str:
+        """Where a scorer failed first, and why."""
+        with self.quarantine.open(encoding="utf-8") as lines:
+            found = next(line for line in map(json.loads, lines) if SCORER_FAILED in line["reason"])
+        return f"{found['source']}: {found['reason']}"
 
 
 def plan_task(config: RunConfig, local: bool) -> DecodingTask:
@@ -112,6 +120,7 @@ def plan_task(config: RunConfig, local: bool) -> DecodingTask:
 
 def _checked(told: Any) -> dict[str, Any]:
     """What `DecodingTask.finish` wrote."""
+    told = {"unscored": 0} | told  # which earlier versions did not count
     return {"identity": str(told["identity"]), **{name: float(told[name]) for name in FACTS}}
 
 

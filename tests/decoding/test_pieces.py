@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -237,7 +238,37 @@ def test_a_scorer_that_fails_on_a_row_puts_it_into_quarantine(decode: Decode, tm
     refused = [json.loads(line) for line in (tmp_path / "out.quarantine.jsonl").read_text().splitlines()]
     assert sorted(one["source"] for one in refused) == [f"prompts.jsonl:{line}" for line in (3, 5, 6)]
     reasons = {one["source"]: one["reason"] for one in refused}
-    assert reasons["prompts.jsonl:5"] == "completion 0: the scorer failed on a candidate for token 1"
+    assert reasons["prompts.jsonl:5"].startswith("completion 0: the scorer failed on a candidate for token 1 (")
+
+
+def mendable(prompt: str, response: str) -> float:
+    """A scorer that a person mends between two calls; half of it is broken for longer."""
+    if (broken := os.environ.get("QALIGN_BROKEN_SCORER")) and (broken == "all" or len(prompt) % 2):
+        raise TypeError("'NoneType' object is not subscriptable")
+    return float(len(response))
+
+
+@pytest.mark.parametrize("method", ["sampling", "args", "best_of_n"])
+def test_a_scorer_that_raises_is_named_and_scores_again_once_it_is_mended(
+    decode: Decode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], method: str
+) -> None:
+    settings = (f"decoding.method={method}", "sampling.scorer=tests.decoding.test_pieces:mendable", "decoding.n=2")
+    whole = decode(*settings)
+    assert whole and all(row["score"] == len(row["text"]) for row in whole)
+    (tmp_path / "out.jsonl").unlink()
+    monkeypatch.setenv("QALIGN_BROKEN_SCORER", "all")
+    cause = r"first prompts\.jsonl:1: completion 0: the scorer failed on .*\(TypeError: 'NoneType' object is not subscriptable\)"
+    with pytest.raises(
+        RuntimeError, match=rf"error: sampling\.scorer: failed on \d completions \({cause}\); mend it, then the same"
+    ):
+        decode(*settings)
+    monkeypatch.setenv("QALIGN_BROKEN_SCORER", "some")
+    some = decode(*settings)
+    assert 0 < len(some) < len(whole)
+    assert "warning: sampling.scorer failed on" in capfd.readouterr().err
+    monkeypatch.delenv("QALIGN_BROKEN_SCORER")
+    assert alike(decode(*settings), whole)
+    assert "scorer" not in (tmp_path / "out.quarantine.jsonl").read_text()
 
 
 @pytest.mark.parametrize(
