@@ -139,7 +139,7 @@ def test_an_alarm_is_raised_once(caplog: pytest.LogCaptureFixture, monkeypatch: 
 def test_data_without_behaviour_logprobs_are_refused_before_training(make_config, tmp_path: Path) -> None:
     lines = (EXAMPLES / "trajectories.jsonl").read_text().splitlines()
     bare = tmp_path / "bare.jsonl"
-    bare.write_text("\n".join(line.replace('"logprob"', '"other"') for line in lines[:12]))
+    bare.write_text("\n".join(line.replace('"logprob"', '"timestamp"') for line in lines[:12]))
     behaviour = ("objective.importance=behaviour", "train.max_steps=1")
     assert "importance_weight" in fit(make_config(*DQO, *behaviour), local=True).metrics
     with pytest.raises(ConfigError, match=r"^objective\.importance: 12 of 12 rows have no log-probs of the policy"):

@@ -106,15 +106,25 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(copy):
     (copy / "model.safetensors").unlink()
     (copy / "tokenizer.json").unlink()
     (copy / "tokenizer_config.json").unlink()
-    for load in (lambda path: load_causal_lm(path, torch.float32), load_tokenizer):
-        for path, remedy in [(str(copy), "check the folder's files"), ("no/such-model", "correct the name")]:
-            with pytest.raises(ConfigError, match=rf"^model\.path: cannot load a .* from {path}; {remedy}") as caught:
+    empty = rf"{copy} holds no weights \(model\.safetensors\); save the model there again"
+    unreadable = rf"cannot load a .* from {copy}; check the folder's files"
+    unknown = r"cannot load a .* from no/such-model; correct the name"
+    for load, here in ((lambda path: load_causal_lm(path, torch.float32), empty), (load_tokenizer, unreadable)):
+        for path, cause in [(str(copy), here), ("no/such-model", unknown)]:
+            with pytest.raises(ConfigError, match=rf"^model\.path: {cause}") as caught:
                 load(path)
             assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", ["cut off", "pointer", "other width"])
-def test_damaged_weights_are_refused_in_one_line(damage, copy):
+@pytest.mark.parametrize(
+    ("damage", "cause"),
+    [
+        ("cut off", r"cannot load weights from .*: model\.safetensors is cut off or damaged .*; fetch or save"),
+        ("pointer", r"cannot load weights from .*: model\.safetensors is cut off or damaged .*; fetch or save"),
+        ("other width", r"cannot load a causal .*check the folder's files"),
+    ],
+)
+def test_damaged_weights_are_refused_in_one_line(damage, cause, copy):
     weights, config = copy / "model.safetensors", copy / "config.json"
     if damage == "cut off":
         weights.write_bytes(weights.read_bytes()[:-100])
@@ -122,7 +132,7 @@ def test_damaged_weights_are_refused_in_one_line(damage, copy):
         weights.write_text("version https://git-lfs.github.com/spec/v1\n")
     else:
         config.write_text(config.read_text().replace('"hidden_size": 32', '"hidden_size": 48'))
-    with pytest.raises(ConfigError, match=r"^model\.path: cannot load a causal .*check the folder's files") as caught:
+    with pytest.raises(ConfigError, match=rf"^model\.path: {cause}") as caught:
         load_causal_lm(str(copy), torch.float32)
     assert "\n" not in str(caught.value)
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -236,9 +237,9 @@ def last_logits_only(model: nn.Module) -> dict[str, int]:
 
 def _arguments(model: nn.Module) -> frozenset[str]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # adapters hide the signature
-    return _parameters(type(base))
+    return _parameters(vars(base).get("forward", type(base).forward))
 
 
 @cache
-def _parameters(kind: type[nn.Module]) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
