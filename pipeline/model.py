@@ -251,7 +251,7 @@ def _check_head(lm: nn.Module) -> None:
     if (own[True] - own[False]).abs().max() > allowed:
         raise ConfigError(
             f"model.path: {type(lm).__name__} draws random numbers while it trains, so that it would not start as the "
-            "reference; set the dropout in the model's config.json to 0"
+            "reference; set dropout and noise in the model's config.json to 0, or use another model"
         )
 
 
@@ -264,14 +264,36 @@ def remove_dropout(lm: nn.Module) -> None:
     """Preference objectives compare two models: the policy at step 0 has to be the reference.
 
     Off are dropout, the dropping of whole layers, and a router's noise, under whatever name a module has them. The
-    configuration keeps its values, as an export does.
+    configuration keeps its values, as an export does. A number that evaluation reads as well stays: `_check_head` refuses the model.
     """
+    noise = []
     for module in lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name in [name for name, value in vars(module).items() if isinstance(value, float)]:
-            if "drop" in name or "jitter" in name:
+            if "drop" in name:
                 setattr(module, name, 0.0)
+            elif "jitter" in name and getattr(module, name):
+                noise.append((module, name, getattr(module, name)))
+    if noise:
+        before = _evaluated(lm)
+        for module, name, _ in noise:
+            setattr(module, name, 0.0)
+        if not torch.equal(before, _evaluated(lm)):
+            for module, name, value in noise:
+                setattr(module, name, value)
+
+
+@torch.no_grad()
+def _evaluated(lm: nn.Module) -> Tensor:
+    """Hidden states of a few tokens in evaluation mode."""
+    was_training = lm.training
+    ids = torch.arange(2, 34, device=lm.device)[None] % lm.config.get_text_config().vocab_size
+    try:
+        with uncompiled_attention(lm):
+            return trunk_of(lm.eval())(input_ids=ids, use_cache=False).last_hidden_state
+    finally:
+        lm.train(was_training)
 
 
 def add_lora(lm: nn.Module, lora: LoraSection, task: str = "CAUSAL_LM") -> Any:

@@ -115,7 +115,6 @@ PACKS = frozenset(
         "persimmon",
         "phi",
         "phi3",
-        "phimoe",
         "qwen2",
         "qwen2_moe",
         "qwen3",

@@ -49,6 +49,7 @@ LEFT_OUT = {
     "musicgen": "makes audio",
     "musicgen_melody": "makes audio",
     "phi4_multimodal": "reads audio and images",
+    "phimoe": "its router draws in training: refused",
     "prophetnet": "predicts several tokens at once: refused",
     "qwen4_exp": "its text model has no tiny form",
     "qwen4_exp_text": "has no tiny form by itself",
