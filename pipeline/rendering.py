@@ -113,7 +113,7 @@ class Renderer:
             own = self.encoder.encode(text)
             parts = [self.chat.answer(prompt, text, answer) for answer in answers]
             context = self.encoder.context(text, own)
-            bodies = [self.encoder.after(*context, part).ids for part in parts]
+            bodies = self.encoder.each_after(*context, parts)
         else:
             parts = [said(answer) for answer in answers]
             own, bodies = self.encoder.sequence(text, parts)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -38,13 +38,14 @@ class Encoder:
         self.adds_bos = self.bos is not None and tokenizer("a")["input_ids"][:1] == [self.bos]
         self._knows_places = getattr(tokenizer, "is_fast", False)
         self._direct = self._directly()
+        self._encode_tail = lru_cache(maxsize=16)(self.encode)  # what stands behind the last mark is mostly a call for an answer
         # SentencePiece-like tokenizers put a space in front of every text; a response must not gain one.
         self._adds_space = tokenizer.decode(self.encode("a") * 2, clean_up_tokenization_spaces=False) == "a a"
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a text that begins a sequence."""
         if self._direct is not None:
-            return self._direct.encode(text, add_special_tokens=False).ids
+            return self._direct.encode_batch_fast([text], add_special_tokens=False)[0].ids  # no places
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def sequence(self, first: str, others: Sequence[str]) -> tuple[list[int], list[list[int]]]:
@@ -75,6 +76,17 @@ class Encoder:
                 ends += [start + end for end in piece.ends]
         return Tokens(whole, lambda: ends)
 
+    def each_after(self, context: str, ids: list[int], parts: Sequence[str]) -> list[list[int]]:
+        """Tokens of texts each of which follows the context's, as `after` has them."""
+        if self._direct is None or not context:
+            return [self.after(context, ids, part).ids for part in parts]
+        together = self._direct.encode_batch_fast([context + part for part in parts], add_special_tokens=False)
+        found = [encoding.ids for encoding in together]
+        return [
+            both[len(ids) :] if both[: len(ids)] == ids else self.after(context, ids, part).ids
+            for both, part in zip(found, parts, strict=True)
+        ]
+
     def places(self, text: str) -> list[int]:
         """Places in a text behind each of its tokens, ascending; of a slow tokenizer's, which knows none, evenly spaced ones."""
         tokens = self.alone(text)
@@ -85,7 +97,7 @@ class Encoder:
         """The end of a text from its last special token on: nothing before it changes the tokens that follow."""
         last = next((i for i in reversed(ids) if i in self.specials), None)
         start = text.rfind(self.tokenizer.convert_ids_to_tokens(last)) if last is not None else -1
-        own = self.encode(text[start:]) if start > 0 else ids
+        own = self._encode_tail(text[start:]) if start > 0 else ids
         return (text[start:], own) if start > 0 and own == ids[len(ids) - len(own) :] else (text, ids)
 
     @cached_property

@@ -29,6 +29,8 @@ def test_tokens_are_those_that_transformers_gives(name: str, texts: list[str]) -
     ids, rest = encoder.sequence(first, others)
     assert ids == encoder.encode(first) == through_transformers(tokenizer, first)
     assert rest == [encoder.alone(text).ids for text in others]
+    assert encoder.each_after(first, ids, others) == [encoder.after(first, ids, text).ids for text in others]
+    assert encoder.each_after("", [], others) == rest
     if not encoder._adds_space:
         assert rest == [through_transformers(tokenizer, text) for text in others]
 
