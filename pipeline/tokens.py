@@ -38,7 +38,9 @@ class Encoder:
         self.adds_bos = self.bos is not None and tokenizer("a")["input_ids"][:1] == [self.bos]
         self._knows_places = getattr(tokenizer, "is_fast", False)
         self._direct = self._directly()
-        self._encode_tail = lru_cache(maxsize=16)(self.encode)  # what stands behind the last mark is mostly a call for an answer
+        self._encode_tail = lru_cache(maxsize=16)(
+            self.encode
+        )  # what stands behind the last mark is mostly a call for an answer
         # SentencePiece-like tokenizers put a space in front of every text; a response must not gain one.
         self._adds_space = tokenizer.decode(self.encode("a") * 2, clean_up_tokenization_spaces=False) == "a a"
 

@@ -35,6 +35,13 @@ def test_tokens_are_those_that_transformers_gives(name: str, texts: list[str]) -
         assert rest == [through_transformers(tokenizer, text) for text in others]
 
 
+def test_a_border_inside_a_token_stays_one() -> None:
+    encoder = Encoder(byte_level())
+    assert encoder.encode("the cat")[: len(encoder.encode("the ca"))] != encoder.encode("the ca")
+    context = ("the ca", encoder.encode("the ca"))
+    assert encoder.each_after(*context, ["t", "t sat"]) == [encoder.alone("t").ids, encoder.alone("t sat").ids]
+
+
 def test_a_tokenizer_that_does_more_in_python_is_asked_itself() -> None:
     tokenizer = byte_level()
 
