@@ -80,12 +80,17 @@ class Chat:
         dialogue = self._spelt_out(Dialogue.of(messages))
         given = _message(answer)
         words, opened = given.content or "", self._opens(prompt, dialogue)
-        if opened and not given.beside and self._only_closes(words):
-            return words + self.turn_end[1]
+        if not given.beside and ((opened and self._only_closes(words)) or self._unclosed(words)):
+            return (self._without_opening(words, prompt) if opened else words) + self.turn_end[1]
         body = self._behind(dialogue, prompt, given)
         split = self._split(given) if body is None else None
         if split is not None and not self.forms.folds(split):  # the template takes thoughts in a field of their own
             body = self._behind(dialogue, prompt, split)
+        if body is None and opened:
+            body = self._behind_opening(dialogue, prompt, given)
+        if body is None and self.forms.tags is None and any(turn.reasoning_content for turn in dialogue):
+            bare = _without_thoughts(dialogue)  # it takes them away once there is an answer
+            body = self._behind(bare, self._write(bare, add_generation_prompt=True) + self._opening, given)
         if body is not None:
             return body
         if given.tool_calls:
@@ -155,6 +160,14 @@ class Chat:
         else:
             return None
         return body + end if self._holds(body, given) else None
+
+    def _behind_opening(self, dialogue: Dialogue, prompt: str, given: Message) -> str | None:
+        """The same, where the template closes the thoughts at once that the prompt has opened, with other white space."""
+        tags = self.forms.tags
+        if tags is None:
+            return None
+        body = self._behind(dialogue, prompt[: prompt.rindex(tags[0])], given)
+        return self._without_opening(body, prompt) if body is not None and body.startswith(tags[0]) else None
 
     def _calling(self, dialogue: Dialogue, prompt: str, given: Message, opened: bool) -> str:
         """A turn of calls, whose thoughts, which the prompt may have opened, the template takes away."""
@@ -310,6 +323,11 @@ def joined(dialogue: Dialogue, answer: str | Message) -> Dialogue:
         }
     )
     return replace(dialogue, messages=(*dialogue.messages[:-1], whole), continued=False)
+
+
+def _without_thoughts(dialogue: Dialogue) -> Dialogue:
+    bare = tuple(turn.model_copy(update={"reasoning_content": None}) for turn in dialogue)
+    return replace(dialogue, messages=bare)
 
 
 def _message(answer: str | Message) -> Message:

@@ -117,6 +117,57 @@ def test_an_answer_that_closes_what_the_prompt_opened_stands_as_the_model_wrote_
     assert best == words + ("</s>" if family == "r1" else "<|im_end|>")
 
 
+def test_thoughts_that_never_end_stand_as_the_model_wrote_them():
+    for family, begun in (("qwen3", "<think>\nfor ever"), ("opening", "for ever"), ("r1", "for ever")):
+        _, best = shown(family, {"prompt": [user()], "response": "<think>\nfor ever"})
+        assert best == begun + ("</s>" if family == "r1" else "<|im_end|>")
+
+
+def test_thoughts_that_the_call_opens_and_the_template_closes_with_other_white_space_are_opened_once():
+    """As Nemotron's: the call ends with a line feed behind the tag, an answer without thoughts has none inside."""
+    family = (
+        "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and '</think>' not in (m.content or '') %}<think></think>{% endif %}{{ m.content or '' }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name + (c.function.arguments | tojson) }}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    tokenizer = byte_level(family)
+    renderer = Renderer(tokenizer, config())
+    for answering, behind in ((assistant("4"), "</think>4<|im_end|>"), (assistant("", tool_calls=[call()]), None)):
+        rendered = renderer(parse({"messages": [user(), answering], "tools": [TOOL]}, "demonstration"))
+        prompt, best = (text_of(tokenizer, ids) for ids in (rendered.prompt_ids, rendered.response_ids[0]))
+        assert prompt.endswith("<|im_start|>assistant\n<think>\n")
+        whole = tokenizer.apply_chat_template([user(), answering], tools=[TOOL], tokenize=False)
+        assert prompt.removeprefix("<s>").removesuffix("\n") + best + "\n" == whole
+        assert behind in (None, best)
+
+
+def test_reasoning_behind_reasoning_that_the_template_takes_away_has_no_need_of_tags():
+    """As GPT-OSS has it: thoughts stand in a channel, and those of calls go once there is an answer."""
+    template = (
+        "{%- for m in messages %}<|im_start|>{{ m.role }}"
+        "{%- if m.thinking and (loop.last or (m.tool_calls and messages[-1].role != 'assistant')) %} hm: {{ m.thinking }};{% endif %} "
+        "{{- m.content or '' }}{% for c in m.tool_calls or [] %}{{ c.function.name + (c.function.arguments | tojson) }}{% endfor %}"
+        "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+    )
+    tokenizer = byte_level(template)
+    turns = [
+        user(),
+        assistant("", tool_calls=[call()], reasoning_content="a"),
+        answer(),
+        assistant("4", reasoning_content="b"),
+    ]
+    rendered = Renderer(tokenizer, config())(parse({"messages": turns}, "demonstration"))
+    asked = tokenizer.apply_chat_template(
+        [turn | {"thinking": turn.get("reasoning_content")} for turn in turns[:-1]],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert text_of(tokenizer, rendered.prompt_ids) == "<s>" + asked
+    assert " hm: a;" in asked
+    assert text_of(tokenizer, rendered.response_ids[0]) == " hm: b;4<|im_end|>"
+
+
 def test_thoughts_of_earlier_turns_go_where_the_template_puts_them():
     turns = [user(), assistant(SAID), user("Rome?"), assistant("4", reasoning_content="two and two"), user("So?")]
     for family in ("qwen3", "opening", "r1"):
