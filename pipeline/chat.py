@@ -51,7 +51,11 @@ class Chat:
     def __init__(self, tokenizer: Any, template: str | None) -> None:
         self.tokenizer = tokenizer
         self.template = template
-        self.forms = Forms(lambda turns, tools: self._render(turns, tools), str(template or tokenizer.chat_template))
+        own = tokenizer.chat_template
+        source = (
+            own.get(template, template) if isinstance(own, dict) else template
+        )  # a name among the model's, or a template
+        self.forms = Forms(lambda turns, tools: self._render(turns, tools), str(source or own))
 
     @property
     def exists(self) -> bool:

@@ -259,7 +259,19 @@ RECORDS: dict[str, type[Record]] = {
     "trajectory": Trajectories,
 }
 
-_BESIDE = frozenset({"prompt", "messages", "conversations", "system", "tools", "chat_template_kwargs", "weight"})
+_BESIDE = frozenset(
+    {
+        "prompt",
+        "messages",
+        "conversations",
+        "conversation",
+        "system",
+        "tools",
+        "functions",
+        "chat_template_kwargs",
+        "weight",
+    }
+)
 FIELDS: dict[str, frozenset[str]] = {
     "demonstration": _BESIDE | {"response"},
     "preference": _BESIDE | {"chosen", "rejected"},

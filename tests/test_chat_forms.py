@@ -117,6 +117,17 @@ def test_an_answer_that_closes_what_the_prompt_opened_stands_as_the_model_wrote_
     assert best == words + ("</s>" if family == "r1" else "<|im_end|>")
 
 
+def test_a_template_that_is_named_among_the_models_own():
+    tokenizer = byte_level(CHATML)
+    tokenizer.chat_template = {"default": CHATML, "reasoning": OPENING}
+    record = parse({"prompt": [user()], "response": SAID}, "demonstration")
+    for name, ends in ((None, SAID), ("reasoning", SAID.removeprefix("<think>\n"))):
+        rendered = Renderer(tokenizer, config(chat_template=name))(record)
+        assert text_of(tokenizer, rendered.response_ids[0]) == ends + "<|im_end|>"
+        opened = text_of(tokenizer, rendered.prompt_ids).endswith("<think>\n")
+        assert opened == (name == "reasoning")
+
+
 def test_thoughts_that_never_end_stand_as_the_model_wrote_them():
     for family, begun in (("qwen3", "<think>\nfor ever"), ("opening", "for ever"), ("r1", "for ever")):
         _, best = shown(family, {"prompt": [user()], "response": "<think>\nfor ever"})
