@@ -4,7 +4,7 @@ An answer is what the template writes of the whole dialogue behind the prompt. T
 for an answer, add empty ones, or take those of earlier turns away, so that not all they write continues the prompt: then the answer is
 its words as the model writes them, without the tag that the prompt has opened.
 
-Left out: in which form a template takes messages (`chat_forms`), tokens (`tokens`, `rendering`).
+Left out: in which form a template takes messages (`chat_forms`), tags of thoughts (`chat_thoughts`), tokens (`tokens`, `rendering`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from pipeline.chat_forms import Forms, fold
+from pipeline.chat_thoughts import Thoughts, as_message
 from pipeline.records import Dialogue, Message
 
 _PROBE = "qalignprobe"
@@ -56,6 +57,7 @@ class Chat:
             own.get(template, template) if isinstance(own, dict) else template
         )  # a name among the model's, or a template
         self.forms = Forms(lambda turns, tools: self._render(turns, tools), str(source or own))
+        self.thoughts = Thoughts(self.forms.tags)
 
     @property
     def exists(self) -> bool:
@@ -82,12 +84,12 @@ class Chat:
     def answer(self, messages: Iterable[Message], prompt: str, answer: str | Message) -> str:
         """The text that follows `prompt`, the dialogue's with the call for an answer, up to the end of the turn."""
         dialogue = self._spelt_out(Dialogue.of(messages))
-        given = _message(answer)
+        given = as_message(answer)
         words, opened = given.content or "", self._opens(prompt, dialogue)
-        if not given.beside and ((opened and self._only_closes(words)) or self._unclosed(words)):
-            return (self._without_opening(words, prompt) if opened else words) + self.turn_end[1]
+        if not given.beside and ((opened and self.thoughts.only_closes(words)) or self.thoughts.unclosed(words)):
+            return (self.thoughts.without_opening(words, prompt) if opened else words) + self.turn_end[1]
         body = self._behind(dialogue, prompt, given)
-        split = self._split(given) if body is None else None
+        split = self.thoughts.split(given) if body is None else None
         if split is not None and not self.forms.folds(split):  # the template takes thoughts in a field of their own
             body = self._behind(dialogue, prompt, split)
         if body is None and opened:
@@ -103,14 +105,14 @@ class Chat:
             if self.forms.tags is None:
                 raise ValueError("the chat template leaves out the reasoning of an answer")
             words = fold(given.reasoning_content, words, self.forms.tags)
-        return (self._without_opening(words, prompt) if opened else words) + self.turn_end[1]
+        return (self.thoughts.without_opening(words, prompt) if opened else words) + self.turn_end[1]
 
     def inside(self, whole: str, start: int, alone: str, answer: str | Message) -> str | None:
         """An answer's text, from `start` on, in a whole dialogue that goes on behind it; None where it is not there as it was.
 
         alone: its text where nothing follows it. Inside, empty thoughts may be missing, and white space and the turn's end be others.
         """
-        end, given = self.turn_end[1], _message(answer)
+        end, given = self.turn_end[1], as_message(answer)
         spoken = alone.removesuffix(end)
         bodies = [spoken]
         if self.forms.tags is not None:
@@ -119,18 +121,9 @@ class Chat:
         for body in bodies:
             pieces = [*map(re.escape, body.split()), f"(?:{closings})"]
             found = re.compile(r"\s*" + r"\s*".join(pieces)).match(whole, start)
-            if found and self._holds(found[0], given):
+            if found and self.thoughts.kept_in(found[0], given):
                 return found[0]
         return None
-
-    def opens(self, prompt: str) -> bool:
-        """Whether the call at a prompt's end begins the answer's thoughts."""
-        return self.forms.tags is not None and prompt.rstrip().endswith(self.forms.tags[0])
-
-    def thinks(self, answer: str | Message) -> bool:
-        """Whether an answer has thoughts, in their field or among its words."""
-        given = _message(answer)
-        return bool(given.reasoning_content or (self.forms.tags and self.forms.tags[1] in (given.content or "")))
 
     @cached_property
     def closing(self) -> str:
@@ -163,7 +156,7 @@ class Chat:
             body, end = whole[len(prompt) :].rstrip(), ""
         else:
             return None
-        return body + end if self._holds(body, given) else None
+        return body + end if self.thoughts.kept_in(body, given) else None
 
     def _behind_opening(self, dialogue: Dialogue, prompt: str, given: Message) -> str | None:
         """The same, where the template closes the thoughts at once that the prompt has opened, with other white space."""
@@ -171,7 +164,7 @@ class Chat:
         if tags is None:
             return None
         body = self._behind(dialogue, prompt[: prompt.rindex(tags[0])], given)
-        return self._without_opening(body, prompt) if body is not None and body.startswith(tags[0]) else None
+        return self.thoughts.without_opening(body, prompt) if body is not None and body.startswith(tags[0]) else None
 
     def _calling(self, dialogue: Dialogue, prompt: str, given: Message, opened: bool) -> str:
         """A turn of calls, whose thoughts, which the prompt may have opened, the template takes away."""
@@ -183,60 +176,15 @@ class Chat:
         body = self._behind(dialogue, before, given.model_copy(update={"reasoning_content": None}))
         if body is None:
             raise ValueError("the chat template writes a turn with tool calls otherwise than behind its prompt")
-        return (self._without_opening(thought, prompt) if opened else thought) + body
-
-    def _holds(self, text: str, given: Message) -> bool:
-        """Whether a turn's text has the answer's words and thoughts, one after the other, and no thoughts twice."""
-        pieces = [given.reasoning_content or "", given.content or ""]
-        if self.forms.tags is not None:
-            closing = self.forms.tags[1]
-            if text.count(closing) > max(1, sum(piece.count(closing) for piece in pieces)):
-                return False
-            for tag in self.forms.tags:
-                pieces = [part for piece in pieces for part in piece.split(tag)]
-        start = 0
-        for piece in (piece.strip() for piece in pieces):
-            place = text.find(piece, start)
-            if place < 0:
-                return False
-            start = place + len(piece)
-        return True
+        return (self.thoughts.without_opening(thought, prompt) if opened else thought) + body
 
     def _opens(self, prompt: str, dialogue: Dialogue) -> bool:
         """Whether a prompt ends inside of thoughts."""
         tags = self.forms.tags
         if tags is None:
             return False
-        inside = dialogue.continued and self._unclosed(dialogue[-1].content or "")
-        return inside or self.opens(prompt)
-
-    def _only_closes(self, words: str) -> bool:
-        """Whether words end thoughts that they did not begin."""
-        tags = self.forms.tags
-        return tags is not None and tags[1] in words and tags[0] not in words[: words.index(tags[1])]
-
-    def _unclosed(self, words: str) -> bool:
-        tags = self.forms.tags
-        return tags is not None and words.rfind(tags[0]) > words.rfind(tags[1])
-
-    def _split(self, given: Message) -> Message | None:
-        """The same answer with the thoughts among its words in a field of their own."""
-        tags = self.forms.tags
-        words = given.content or ""
-        if tags is None or given.reasoning_content or tags[1] not in words:
-            return None
-        thought, _, rest = words.partition(tags[1])
-        return given.model_copy(
-            update={"reasoning_content": thought.replace(tags[0], "", 1).strip("\n"), "content": rest.lstrip("\n")}
-        )
-
-    def _without_opening(self, words: str, prompt: str) -> str:
-        """Words behind a prompt that has opened their thoughts."""
-        tags = self.forms.tags
-        if tags is None or not words.lstrip().startswith(tags[0]):
-            return words
-        rest = words.lstrip()[len(tags[0]) :]
-        return rest.removeprefix(prompt[prompt.rfind(tags[0]) + len(tags[0]) :])
+        inside = dialogue.continued and self.thoughts.unclosed(dialogue[-1].content or "")
+        return inside or self.thoughts.opens(prompt)
 
     # --------------------------------------------------------------------------------------------- prompts
 
@@ -249,10 +197,10 @@ class Chat:
             raise ValueError("the prompt ends with tool calls: there is nothing to continue")
         if not words.strip():
             raise ValueError("the prompt ends with an empty message: there is nothing to continue")
-        if not self._unclosed(words):
+        if not self.thoughts.unclosed(words):
             return self._write(dialogue, continue_final_message=True)
         before = self.prompt(dialogue[:-1])  # a template would take the tag for words, or close it
-        return before + (self._without_opening(words, before) if self._opens(before, dialogue[:-1]) else words)
+        return before + (self.thoughts.without_opening(words, before) if self._opens(before, dialogue[:-1]) else words)
 
     def _spelt_out(self, dialogue: Dialogue) -> Dialogue:
         """The same dialogue; where it ends with thoughts to continue, they stand among the words, behind their tag."""
@@ -315,7 +263,7 @@ class Chat:
 
 def joined(dialogue: Dialogue, answer: str | Message) -> Dialogue:
     """The dialogue with its answer, which may continue the last turn."""
-    given = _message(answer)
+    given = as_message(answer)
     if not dialogue.continued:
         return dialogue.followed_by(given)
     last = dialogue[-1]
@@ -332,10 +280,6 @@ def joined(dialogue: Dialogue, answer: str | Message) -> Dialogue:
 def _without_thoughts(dialogue: Dialogue) -> Dialogue:
     bare = tuple(turn.model_copy(update={"reasoning_content": None}) for turn in dialogue)
     return replace(dialogue, messages=bare)
-
-
-def _message(answer: str | Message) -> Message:
-    return answer if isinstance(answer, Message) else Message(role="assistant", content=answer)
 
 
 def _turn(role: str, content: str) -> dict[str, str]:

@@ -110,7 +110,8 @@ def _inside_whole(chat: Chat, turns: Dialogue, text: str, runs: list[_Run]) -> l
                 segments += [Segment(gap, [], [], False)] if gap else []
                 call = text + gap
             if not whole.startswith(call):
-                raise ValueError(OPENED) if chat.opens(call) and not chat.thinks(_answer(steps)) else _Rewritten
+                opened = chat.thoughts.opens(call) and not chat.thoughts.has(_answer(steps))
+                raise ValueError(OPENED) if opened else _Rewritten
             part: str | None = chat.answer(befores[i], call, _answer(steps))
             if not last:
                 part = chat.inside(whole, len(call), part, _answer(steps))
