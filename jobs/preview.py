@@ -26,14 +26,14 @@ LOOK_AT_BYTES = 16 * 2**20
 def preview(config: RunConfig) -> str:
     """A report for people. Raises the errors that the job itself would raise."""
     from pipeline import data, preflight
-    from pipeline.model_files import locate
+    from pipeline.export import intact
     from pipeline.order import steps_per_epoch
     from pipeline.pretrained import load_tokenizer
     from pipeline.sources import plan
 
     preflight.check(config)
     cache = Path(config.storage) / "cache"
-    model = locate(config.model.path, cache)
+    model = intact(config.model.path, cache, "model.path", config.model.trust_remote_code)
     preflight.check_models(config, model)
     tokenizer = load_tokenizer(model, config.model.trust_remote_code)
     with TemporaryDirectory() as work:

@@ -8,6 +8,7 @@ starts. The precedence is overrides > YAML > defaults; nothing is changed after 
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -79,8 +80,13 @@ def _one_line(error: ValidationError, plain: Mapping[str, Any]) -> str:
             message = "missing; set it"
         elif problem["type"] != "value_error":
             message = f"{message[:1].lower()}{message[1:]}, not {_shown(problem['input'])}"
+            if share := _PERCENT.fullmatch(str(problem["input"])):
+                message += f"; write {float(share[1]) / 100:g}"
         problems.append(f"{key}: {message}" if key else message)
     return " ".join(" | ".join(problems).split())
+
+
+_PERCENT = re.compile(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*%\s*")
 
 
 def _shown(value: Any) -> str:

@@ -17,11 +17,11 @@ from pipeline import checkpoint, checksums, cluster, data, preflight, reference
 from pipeline.config import ConfigError, RunConfig, digest
 from pipeline.durable import recall_json, write_json
 from pipeline.errors import Leaving
-from pipeline.export import EXPORT, RUN_FILE, export, mend_export, run_settings
+from pipeline.export import EXPORT, RUN_FILE, export, intact, mend_export, run_settings
 from pipeline.gauges import Gauges
 from pipeline.lease import Lease
 from pipeline.loop import Job, train_worker
-from pipeline.model_files import fingerprint, locate
+from pipeline.model_files import fingerprint
 from pipeline.order import Plan
 from pipeline.pretrained import settled
 from pipeline.progress import METRICS_FILE, Monitor, read_metrics
@@ -72,8 +72,7 @@ def prepare(
     """
     preflight.check(config, local)
     cache, trust = Path(config.storage) / "cache", config.model.trust_remote_code
-    mend_export(config.model.path, cache, "model.path", trust)
-    model = locate(config.model.path, cache)
+    model = intact(config.model.path, cache, "model.path", trust)
     if not local:
         cluster.import_beside("transformers.models.auto.tokenization_auto", *(["pipeline.elastic"] if train else []))
         cluster.connect(config)
@@ -81,10 +80,12 @@ def prepare(
             from pipeline.elastic import start_coordinator
 
             start_coordinator()
-    if config.model.reference:
-        mend_export(config.model.reference, cache, "model.reference", trust)
-    frozen = preflight.check_models(config, model)
     needs = config.objective.needed()
+    assistant = config.latent.assistant if needs.latent != "none" else None
+    for key, path in (("model.reference", config.model.reference), ("latent.assistant", assistant)):
+        if path:
+            mend_export(path, cache, key, trust)
+    frozen = preflight.check_models(config, model)
     asked = needs.reference != "none"
     rows = data.folder_of(config, model) if work == "names" else data.prepare(config, model, local)
     if work in ("rows", "names"):

@@ -21,9 +21,10 @@ from pipeline.config import ConfigError, ModelConfig, RunConfig
 from pipeline.config_file import validate
 from pipeline.contracts import PolicyOut
 from pipeline.critic import CRITIC, load_critic, load_trained_critic, merge_critic, save_critic
-from pipeline.durable import building, discard, read_json
+from pipeline.durable import building, clear_leftovers, discard, read_json
 from pipeline.export_check import compare, critic_values, exported_values, probe_rows, read, trained_values
 from pipeline.generation import own_stop_ids, save_model
+from pipeline.lease import locked
 from pipeline.model import Policy, load_policy
 from pipeline.model_files import locate
 from pipeline.pretrained import load_config, load_tokenizer, precision
@@ -46,6 +47,7 @@ def export(config: RunConfig, folder: Path, model: str, target: Path, rows: Path
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConfigError(f"{target}: exists and is not empty; name a new folder to export to")
     target.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(target.parent)
     with building(target) as aside:
         _Exporter(config, folder, model, rows).write(aside)
         checksums.seal(aside)
@@ -158,6 +160,8 @@ def _trained(network: nn.Module) -> dict[str, nn.Parameter]:
 
 RUN_FILE = "run.json"
 EXPORT, EXPORTS = "export", "exports"
+LOCK = "export.lock"
+"""Held by whoever makes an export of a run again, or of one of its checkpoints: anybody may, without the run's lease."""
 
 
 def run_settings(found: Any) -> dict[str, Any]:
@@ -186,8 +190,16 @@ def weights_of(path: str, cache: Path, key: str = "checkpoint_from", trust_remot
         return locate(path, cache, key)
     target = run / EXPORTS / folder.name
     if not target.is_dir():
-        _export_again(run, folder, target, trust_remote_code)
+        with locked(run, LOCK):
+            if not target.is_dir():
+                _export_again(run, folder, target, trust_remote_code)
     return locate(str(target), cache, key)
+
+
+def intact(path: str, cache: Path, key: str, trust_remote_code: bool = False) -> str:
+    """`model_files.locate` after `mend_export`."""
+    mend_export(path, cache, key, trust_remote_code)
+    return locate(path, cache, key)
 
 
 def mend_export(path: str, cache: Path, key: str, trust_remote_code: bool = False) -> None:
@@ -197,30 +209,43 @@ def mend_export(path: str, cache: Path, key: str, trust_remote_code: bool = Fals
     """
     given = Path(path).expanduser().absolute()
     for folder in (given, given / EXPORT, given.parent.parent / EXPORTS / given.name):
-        wrong = checksums.damage(folder, cache)
-        if wrong is None:
-            continue
         run = folder.parent if folder.name == EXPORT else folder.parent.parent
-        source = _source(run, folder)
-        if source is None:
-            raise ConfigError(
-                f"{key}: {folder} is damaged ({wrong}), and there is no checkpoint to make it from again; train again, or "
-                f"delete {checksums.FILE} in it if the change is meant"
-            )
-        kept = folder.with_name(f"{folder.name}-damaged")
-        logger.warning("%s is damaged (%s): exported again from %s, kept as %s", folder, wrong, source, kept.name)
-        fresh = folder.with_name(f".{folder.name}-again")
-        discard(fresh)
-        _export_again(run, source, fresh, trust_remote_code)
-        discard(kept)
-        folder.rename(kept)
+        if not (run / RUN_FILE).is_file():
+            continue
+        if _fresh(folder).is_dir() or checksums.damage(folder, cache) is not None:
+            with locked(run, LOCK):
+                _mend(run, folder, cache, key, trust_remote_code)
+
+
+def _fresh(folder: Path) -> Path:
+    """Where a new export lies, complete, before it takes the place of the damaged one."""
+    return folder.with_name(f".{folder.name}-again")
+
+
+def _mend(run: Path, folder: Path, cache: Path, key: str, trust_remote_code: bool) -> None:
+    """`mend_export` by the only one who does it now; others may have done it before, or have been killed at it."""
+    fresh, kept = _fresh(folder), folder.with_name(f"{folder.name}-damaged")
+    if fresh.is_dir() and not folder.exists():
         fresh.rename(folder)
+    discard(fresh)
+    wrong = checksums.damage(folder, cache)
+    if wrong is None:
+        return
+    source = _source(run, folder)
+    if source is None:
+        raise ConfigError(
+            f"{key}: {folder} is damaged ({wrong}), and there is no checkpoint to make it from again; delete it and train again, "
+            f"or delete {checksums.FILE} in it if the change is meant"
+        )
+    logger.warning("%s is damaged (%s): exported again from %s, kept as %s", folder, wrong, source, kept.name)
+    _export_again(run, source, fresh, trust_remote_code)
+    discard(kept)
+    folder.rename(kept)
+    fresh.rename(folder)
 
 
 def _source(run: Path, folder: Path) -> Path | None:
     """The checkpoint that an export of this run was made from."""
-    if not (run / RUN_FILE).is_file():
-        return None
     if folder.name == EXPORT:
         return checkpoint.latest(run)
     found = run / checkpoint.FOLDER / folder.name

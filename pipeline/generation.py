@@ -51,6 +51,7 @@ def save_model(lm: Any, folder: Path, stop_ids: Collection[int], pad: int | None
     stops = _tokens(settings.get("eos_token_id"), vocabulary) | frozenset(stop_ids)
     if stops:
         settings["eos_token_id"] = min(stops) if len(stops) == 1 else sorted(stops)
+    settings.pop("_from_model_config", None)  # some versions would take that as leave to derive it all again
     own_pad = settings.pop("pad_token_id", None)
     if not _tokens(own_pad, vocabulary):
         own_pad = pad

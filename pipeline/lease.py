@@ -157,9 +157,9 @@ def _lease_age(run: Path) -> float:
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Nobody else is inside for this run, on any machine. Raises UserError where the file system has no locks."""
-    with (run / "attempt.lock").open("a") as file:
+def locked(run: Path, name: str = "attempt.lock") -> Iterator[None]:
+    """Nobody else is inside for this run and name, on any machine. Raises UserError where the file system has no locks."""
+    with (run / name).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:

@@ -91,15 +91,18 @@ def train_step(
         return metrics | learner.step(step, total_steps)
     except FloatingPointError as error:
         what = str(error).partition(";")[0] if finite else f"the loss is {metrics['loss']}"
-        raise _diverged(what, batches) from None
+        raise _diverged(what, batches, step) from None
 
 
-def _diverged(what: str, batches: Sequence[Batch]) -> Diverged:
-    """The error with the step's rows, those of all ranks; every rank comes here."""
+def _diverged(what: str, batches: Sequence[Batch], step: int) -> Diverged:
+    """The error with the step's rows, those of all ranks; every rank comes here. Before the first update the learning rate is
+    not to blame.
+    """
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, [int(row) for batch in batches for row in batch.row_ids])
     rows = sorted({row for own in gathered for row in own})
-    return Diverged(f"{what}; lower optimizer.lr or check the rows with these row ids: {rows}")
+    blamed = "lower optimizer.lr, or check" if step else "no update was made yet: check model.path,"
+    return Diverged(f"{what}; {blamed} objective.* and the rows with these row ids: {rows}")
 
 
 def _step_weights(objective: Objective, batches: Sequence[Batch]) -> dict[str, torch.Tensor]:

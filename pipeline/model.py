@@ -331,7 +331,9 @@ def merge_lora(lm: nn.Module, handle: Any) -> None:
     adapted = [module.get_base_layer() for module in lm.modules() if isinstance(module, BaseTunerLayer)]
     if any(users[id(getattr(layer, "weight", None))] > 1 for layer in adapted):
         _untie(lm)
-    handle.merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*tie_word_embeddings", UserWarning)  # a trunk alone has nothing tied to it
+        handle.merge_and_unload()
 
 
 def _untie(lm: nn.Module) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from pipeline import checkpoint, data
 from pipeline.config import ConfigError, RunConfig
-from pipeline.export import RUN_FILE
+from pipeline.export import RUN_FILE, intact
 from pipeline.model_files import locate
 from pipeline.optimizer import check_offload
 from pipeline.order import Plan
@@ -75,7 +75,7 @@ def check_model(config: RunConfig, path: str, key: str, tokenizer: bool = False)
     """Raises ConfigError where a run, checkpoint, folder or name cannot be a model (that has a tokenizer)."""
     folder = Path(path).expanduser()
     if not (folder / RUN_FILE).is_file() and not (folder / checkpoint.STATE).is_file():
-        found = locate(path, Path(config.storage) / "cache", key)
+        found = intact(path, Path(config.storage) / "cache", key, config.model.trust_remote_code)
         check_kind(load_config(found, config.model.trust_remote_code, key), found, key)
         if tokenizer:
             load_tokenizer(found, config.model.trust_remote_code, key)

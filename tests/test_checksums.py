@@ -6,11 +6,13 @@ import json
 import logging
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from pipeline import checkpoint, checksums
+from pipeline import export as exporting
 from pipeline.config import ConfigError
 from pipeline.driver import Result, fit
 from pipeline.export import weights_of
@@ -138,6 +140,87 @@ def test_whoever_reads_a_damaged_export_of_a_run_makes_it_again(
     assert Path(weights_of(str(step), cache)) == beside.parent
     assert beside.read_bytes() == right
     assert sorted(p.name for p in result.run.glob(".*")) == []
+
+
+def three_steps(folder: Path) -> Path:
+    """A file of trajectories."""
+    steps = [{"text": word, "reward": 1.0} for word in ("a ", "b ", "c")]
+    records = [{"prompt": str(i), "trajectories": [{"steps": steps, "reward": 0.5}]} for i in range(4)]
+    path = folder / "trajectories.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.mark.slow
+def test_every_role_of_a_damaged_export_makes_it_again(make_config, qalign, tmp_path: Path) -> None:
+    """As a job names it: the model, the reference, a scorer, what is decoded and evaluated."""
+    run, scorer = run_of(make_config), fit(make_config("objective={name: reward_model}"), local=True)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a"}\n')
+    short = ("sampling.max_new_tokens=2", f"sampling.prompts.path={prompts}")
+    best = (*short, f"checkpoint_from={run.export}", "decoding.method=best_of_n", "decoding.n=2")
+    latent = ("objective={name: lta}", "data.kind=trajectory", f"data.sources=[{{path: {three_steps(tmp_path)}}}]")
+    for result, call in (
+        (run, ("eval", "train.max_steps=2", f"checkpoint_from={run.export}")),
+        (run, ("decode", *short, f"checkpoint_from={run.export}", f"sampling.output={tmp_path}/1.jsonl")),
+        (run, ("decode", *short, f"model.path={run.run}", f"checkpoint_from={run.run}")),
+        (run, ("train", f"model.reference={run.run}", "train.max_steps=1")),
+        (run, ("train", f"model.path={run.run}", "--dry-run")),
+        (run, ("train", *latent, f"latent.assistant={run.export}")),
+        (scorer, ("decode", *best, f"sampling.scorer=classifier:{scorer.run}")),
+        (
+            scorer,
+            ("decode", *best, f"sampling.scorer=classifier:{scorer.export}", f"sampling.output={tmp_path}/2.jsonl"),
+        ),
+        (scorer, ("eval", "train.max_steps=2", *short[:1], f"sampling.scorer=classifier:{scorer.export}")),
+    ):
+        right = (result.export / WEIGHTS).read_bytes()
+        flip(result.export / WEIGHTS)
+        status, _, told = qalign(*call)
+        assert status == 0, (call, told)
+        assert (result.export / WEIGHTS).read_bytes() == right, call
+
+
+def test_of_two_that_find_the_same_damage_one_mends_it(make_config, tmp_path: Path, monkeypatch) -> None:
+    """Neither fails, and nothing of either is left over."""
+    result, cache, made = run_of(make_config), tmp_path / "outputs" / "cache", []
+    right = (result.export / WEIGHTS).read_bytes()
+    step, real = checkpoint.latest(result.run), exporting.export
+    monkeypatch.setattr(exporting, "export", lambda *given: made.append(given) or real(*given))
+    for path, folder in ((result.run, result.export), (step, result.run / "exports" / step.name)):
+        if folder.exists():
+            flip(folder / WEIGHTS)
+        with ThreadPoolExecutor(3) as several:
+            found = list(several.map(lambda path: weights_of(str(path), cache), [path] * 3))
+        assert found == [str(folder)] * 3
+        assert (folder / WEIGHTS).read_bytes() == right
+    assert len(made) == 2
+    assert not list(result.run.glob(".*")) and not list((result.run / "exports").glob(".*"))
+
+
+def test_what_a_killed_export_left_is_cleared_and_a_finished_one_takes_its_place(make_config, tmp_path: Path) -> None:
+    result, cache = run_of(make_config), tmp_path / "outputs" / "cache"
+    right = (result.export / WEIGHTS).read_bytes()
+    step = checkpoint.latest(result.run)
+    stale = [result.run / "exports" / f".{step.name}.0123456789ab.tmp", result.run / "..export-again.0123456789ab.tmp"]
+    stale.append(result.run / ".export-again.0123456789ab.tmp")
+    for folder in stale:
+        folder.mkdir(parents=True)
+        (folder / WEIGHTS).touch()
+        os.utime(folder, (0, 0))
+    weights_of(str(step), cache)  # clears what lies beside it
+    assert not stale[0].exists()
+    flip(result.export / WEIGHTS)
+    weights_of(str(result.run), cache)
+    assert not list(result.run.glob(".*"))
+    # Killed between its two renamings: the damaged one is away, the new one is not in its place.
+    result.export.rename(result.run / ".export-again")
+    assert weights_of(str(result.run), cache) == str(result.export)
+    assert (result.export / WEIGHTS).read_bytes() == right and not (result.run / ".export-again").exists()
+    # Killed before them, where the damaged one was deleted by hand or mended otherwise since.
+    shutil.copytree(result.export, result.run / ".export-again")
+    assert weights_of(str(result.run), cache) == str(result.export)
+    assert not (result.run / ".export-again").exists()
 
 
 def test_without_the_checkpoint_a_damaged_export_is_refused_in_one_line(make_config, tmp_path: Path) -> None:

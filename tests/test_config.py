@@ -112,6 +112,11 @@ def test_nothing_changes_after_validation(file):
         ("optimizer.weight_decay", float("inf"), "optimizer.weight_decay: input should be a finite number, not inf"),
         ("train.rows_per_step", 0, "train.rows_per_step: input should be greater than or equal to 1, not 0"),
         (
+            "data.eval_fraction",
+            "2.5 %",
+            "data.eval_fraction: input should be a valid number, unable to parse string as a number, not '2.5 %'; write 0.025",
+        ),
+        (
             "scaling.workers",
             [2, 1],
             "scaling.workers: give a number of workers, or [min, max] with 1 ≤ min ≤ max for elastic training; not [2, 1]",

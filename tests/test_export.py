@@ -256,6 +256,7 @@ def test_a_models_own_generation_settings_survive(make_config, tmp_path: Path, o
         if name != "eos_token_id":
             assert getattr(found, name) == value
     assert set(found.eos_token_id) == {2, 259, *own.get("eos_token_id", [])}
+    assert "_from_model_config" not in json.loads((tmp_path / "export" / "generation_config.json").read_text())
 
 
 def test_a_model_without_generation_settings_stops_at_its_configurations_token(tmp_path: Path) -> None:

@@ -195,6 +195,17 @@ def test_a_step_that_is_left_out_changes_nothing(make_config, monkeypatch, caplo
     assert "step 2: the loss is nan" in caplog.text and "left out (train.skip_nan)" in caplog.text
 
 
+@pytest.mark.parametrize(("step", "blamed"), [(1, False), (2, True)])
+def test_before_the_first_update_the_learning_rate_is_not_to_blame(
+    make_config, monkeypatch, step: int, blamed: bool
+) -> None:
+    poison(monkeypatch, step)
+    with pytest.raises(Diverged, match=f"step {step}: the loss is nan") as told:
+        train(job_of(make_config()))
+    assert ("optimizer.lr" in str(told.value)) is blamed
+    assert ("no update was made yet" in str(told.value)) is not blamed
+
+
 @pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2, 3))])
 @pytest.mark.parametrize("skip", [0, 1])
 def test_a_gradient_in_bfloat16_that_is_not_finite_is_told_or_left_out(

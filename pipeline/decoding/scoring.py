@@ -23,7 +23,7 @@ from pipeline.evaluation.answers import read_answers
 from pipeline.evaluation.classifier import ScoreTexts, label_index
 from pipeline.evaluation.judging import Judge, Scores, Texts
 from pipeline.evaluation.scorers import SCORERS, Task, answer_scorer, each, resolve
-from pipeline.model_files import locate
+from pipeline.export import weights_of
 from pipeline.pretrained import load_config, load_tokenizer
 from pipeline.reward import load_reward_network
 
@@ -100,7 +100,7 @@ class LiveScorer:
 def _classifier(config: RunConfig, tokenizer: Any, name: str, gpu: bool) -> Judge:
     """The judge of `evaluation.classifier`, loaded once."""
     trust = config.model.trust_remote_code
-    path = locate(name, Path(config.storage) / "cache", KEYS["scorer"])
+    path = weights_of(name, Path(config.storage) / "cache", KEYS["scorer"], trust)
     label = label_index(load_config(path, trust, KEYS["scorer"]), config.evaluation.label)
     if label is None and load_tokenizer(path, trust, KEYS["scorer"]).get_vocab() == tokenizer.get_vocab():
         own = config.model.model_copy(update={"lora": None, "activation_checkpointing": False})

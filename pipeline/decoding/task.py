@@ -21,7 +21,8 @@ from pipeline.decoding.pieces import Piece, check_room, pieces_of_rows, pieces_o
 from pipeline.decoding.transfer_q import check_indirect
 from pipeline.decoding.vllm_engine import choose
 from pipeline.durable import read_json, recall_json, write_json
-from pipeline.model_files import fingerprint, locate
+from pipeline.export import intact, weights_of
+from pipeline.model_files import fingerprint
 from pipeline.pretrained import load_config, precision
 from pipeline.rows import Rows
 from pipeline.sources import plan
@@ -145,8 +146,8 @@ def _world(config: RunConfig, local: bool) -> _World:
         return _World(config.checkpoint_from or str(own), prepared.frozen, prepared.model, folder, prepared.rows)
     preflight.check(config, local)
     cache, own = Path(config.storage) / "cache", config.model
-    tokenizer = locate(own.path, cache)
-    reference = locate(own.reference, cache, "model.reference") if own.reference else tokenizer
+    tokenizer = intact(own.path, cache, "model.path", own.trust_remote_code)
+    reference = intact(own.reference, cache, "model.reference", own.trust_remote_code) if own.reference else tokenizer
     if not local:
         cluster.connect(config)
     return _World(config.checkpoint_from, reference, tokenizer, Path(config.storage) / "decoded", None)
@@ -193,7 +194,7 @@ def _identity(config: RunConfig, found: dict[str, str], content: str, tokenizer:
     }
     prints = {role: fingerprint(path, cache, KEYS[role]) for role, path in found.items()}  # type: ignore[index]
     classifiers = [
-        fingerprint(locate(name.partition(":")[2], cache, "sampling.scorer"), cache)
+        fingerprint(weights_of(name.partition(":")[2], cache, "sampling.scorer", config.model.trust_remote_code), cache)
         for name in (config.sampling.scorer, config.decoding.baseline_scorer)
         if name is not None and name.startswith("classifier:")
     ]

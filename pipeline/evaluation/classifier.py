@@ -21,7 +21,7 @@ from pipeline.config import ConfigError, ModelConfig, RunConfig
 from pipeline.contracts import Row
 from pipeline.evaluation.held_out import resources
 from pipeline.evaluation.judging import Failure, Scores, Texts
-from pipeline.model_files import locate
+from pipeline.export import weights_of
 from pipeline.pretrained import classifies, load_config, load_tokenizer, precision
 from pipeline.reward import load_reward_network
 from pipeline.stage import Item, run_stage
@@ -33,7 +33,7 @@ KEY = "sampling.scorer"
 
 
 class Classifier:
-    """A judge. Building it reads configurations only.
+    """A judge. Building it reads configurations only, and makes a damaged export or one that a checkpoint lacks.
 
     Raises ConfigError where `path` holds no sequence classifier, or `evaluation.label` names none of its labels.
     """
@@ -42,7 +42,7 @@ class Classifier:
         if not path:
             raise ConfigError(f"{KEY}: write classifier:NAME, with the hub name or folder of a sequence classifier")
         self._config, self._model = config, model
-        self._path = locate(path, Path(config.storage) / "cache", KEY)
+        self._path = weights_of(path, Path(config.storage) / "cache", KEY, config.model.trust_remote_code)
         found = load_config(self._path, config.model.trust_remote_code, KEY)
         if not classifies(found):
             raise ConfigError(f"{KEY}: {path} is no sequence classifier; name one, or a run of objective reward_model")
