@@ -81,3 +81,5 @@ WORDS = ("text", "input_text", "output_text")
 """Types of parts that are words."""
 ARGUMENTS = {"parameters": "arguments"}
 """Another name of a call's arguments."""
+SCHEMA = {"input_schema": "parameters"}
+"""Another name of a function's parameters."""

@@ -31,6 +31,7 @@ from pipeline.message_fields import (
     REPEATED,
     REWARDS,
     ROLES,
+    SCHEMA,
     THOUGHTS,
     TRAINED,
     WORDS,
@@ -106,7 +107,7 @@ def _tool(given: Any) -> dict[str, Any]:
         raise ValueError(f"wrong type: a tool is {kind_of(given)}, expected a function")
     tool = {name: value for name, value in given.items() if value is not None}
     if "function" not in tool and isinstance(tool.get("name"), str) and tool.get("type", "function") == "function":
-        return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
+        return {"type": "function", "function": {SCHEMA.get(name, name): tool[name] for name in tool if name != "type"}}
     function = tool.get("function")
     if tool.get("type", "function") != "function" or not isinstance(function, Mapping):
         raise ValueError("a tool is no function")

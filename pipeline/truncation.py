@@ -31,6 +31,7 @@ _ANSWERING = ("assistant", "tool", "function", "ipython")
 _SLACK = 4
 """Tokens by which a text may shrink or grow where it is cut, since tokens merge."""
 _FULL = "system text and template fill it"
+_ANSWERED = "what tools said, system text and template fill it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +112,11 @@ class Cutter:
             if len(found) <= kept:
                 return prompt, found
             start += max(1, len(found) - kept - _SLACK)
+        answered = not isinstance(prompt, str) and prompt[-1].role in _ANSWERING and not prompt.continued
+        why = _ANSWERED if answered else _FULL
         if self.data.max_prompt_length is None:
-            raise ValueError(f"nothing left of the response within max_length: {_FULL}")
-        raise ValueError(f"nothing left of the prompt within max_prompt_length: {_FULL}")
+            raise ValueError(f"nothing left of the response within max_length: {why}")
+        raise ValueError(f"nothing left of the prompt within max_prompt_length: {why}")
 
 
 def _check_whole(whole: bool, fits: bool) -> None:

@@ -153,6 +153,8 @@ def test_what_is_not_understood_is_refused_with_a_reason_that_can_be_counted(tur
 def test_tools_in_their_layouts():
     for given in ([TOOL], [FUNCTION], json.dumps([TOOL]), json.dumps([FUNCTION]), [json.dumps(TOOL)], TOOL):
         assert tools_of(given) == (TOOL,)
+    anthropic = {("input_schema" if name == "parameters" else name): value for name, value in FUNCTION.items()}
+    assert tools_of([anthropic]) == (TOOL,)
     assert [tools_of(nothing) for nothing in (None, [], "", "[]", {})] == [None] * 5
     for given, reason in (
         (["hammer"], "wrong type: a tool is text, expected a function"),
