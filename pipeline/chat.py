@@ -86,7 +86,7 @@ class Chat:
         dialogue = self._spelt_out(Dialogue.of(messages))
         given = as_message(answer)
         words, opened = given.content or "", self._opens(prompt, dialogue)
-        if not given.beside and ((opened and self.thoughts.only_closes(words)) or self.thoughts.unclosed(words)):
+        if not given.beside and ((opened and self.thoughts.only_closes(words)) or self.thoughts.never_end(words)):
             return (self.thoughts.without_opening(words, prompt) if opened else words) + self.turn_end[1]
         body = self._behind(dialogue, prompt, given)
         split = self.thoughts.split(given) if body is None else None

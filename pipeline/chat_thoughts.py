@@ -35,6 +35,11 @@ class Thoughts:
         tags = self.tags
         return tags is not None and words.rfind(tags[0]) > words.rfind(tags[1])
 
+    def never_end(self, words: str) -> bool:
+        """Whether words are nothing but thoughts, begun and not ended."""
+        tags = self.tags
+        return tags is not None and words.lstrip().startswith(tags[0]) and tags[1] not in words
+
     def split(self, given: Message) -> Message | None:
         """The same answer with the thoughts among its words in a field of their own."""
         tags = self.tags

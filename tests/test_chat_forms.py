@@ -132,6 +132,8 @@ def test_thoughts_that_never_end_stand_as_the_model_wrote_them():
     for family, begun in (("qwen3", "<think>\nfor ever"), ("opening", "for ever"), ("r1", "for ever")):
         _, best = shown(family, {"prompt": [user()], "response": "<think>\nfor ever"})
         assert best == begun + ("</s>" if family == "r1" else "<|im_end|>")
+    spoken_of = [user(), assistant("It begins with <think>, always.")]
+    assert "".join(shown("qwen3", {"messages": spoken_of})) + "\n" == written("qwen3", spoken_of)
 
 
 def test_thoughts_that_the_call_opens_and_the_template_closes_with_other_white_space_are_opened_once():
