@@ -57,7 +57,7 @@ def replacing(path: Path) -> Iterator[Path]:
     OSError names `path`.
     """
     aside = _beside(path)
-    with _named(path, aside), aside.open("xb") as mine:
+    with naming(path, aside), aside.open("xb") as mine:
         _lock(mine)
         try:
             yield aside
@@ -77,7 +77,7 @@ def building(folder: Path, keep: bool = False) -> Iterator[Path]:
     Where `folder` exists and is not empty: with `keep` it is as good as ours, which is deleted; else FileExistsError.
     """
     aside = _beside(folder)
-    with _named(folder, aside):
+    with naming(folder, aside):
         aside.mkdir()
         try:
             with (aside / WRITER).open("xb") as mine:
@@ -117,7 +117,7 @@ def write_text(path: Path, text: str) -> None:
 
 def append_line(path: Path, line: bytes, sync: bool = False) -> None:
     """Add a line, which begins a new one even where the line before was cut off. sync: it is on disk on return."""
-    with _named(path), path.open("a+b", buffering=0) as file:
+    with naming(path), path.open("a+b", buffering=0) as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else b"\n" + line
@@ -177,7 +177,7 @@ def _lock(file: BinaryIO) -> None:
 
 
 @contextmanager
-def _named(path: Path, aside: Path | None = None) -> Iterator[None]:
+def naming(path: Path, aside: Path | None = None) -> Iterator[None]:
     """What goes wrong with storage becomes an OSError with the path that a person knows."""
     try:
         yield

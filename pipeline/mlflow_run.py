@@ -211,8 +211,10 @@ def _connect(uri: str) -> MlflowClient:
 
     if database := _sqlite_file(uri):
         database.parent.mkdir(parents=True, exist_ok=True)
-        for name in ("alembic", "mlflow.store.db.utils"):  # one line for each of MLflow's 60 tables otherwise
-            logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger("alembic").setLevel(logging.WARNING)  # one line for each of MLflow's 60 tables otherwise
+        logging.getLogger("mlflow.store.db.utils").setLevel(
+            logging.CRITICAL
+        )  # and a traceback for what the backlog tells
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pipeline.durable import append_line, recall_json, write_text
+from pipeline.durable import append_line, naming, recall_json, write_text
 from pipeline.errors import UserError
 from pipeline.metrics_gaps import mend
 from pipeline.patience import StorageFailed, may_pass, patiently
@@ -80,9 +80,9 @@ class MetricsFile:
                 raise
             if self._since is None:
                 self._since = time.monotonic()
-                logger.warning("%s: %s; its lines wait in memory", self.path, error)
+                logger.warning("%s; its lines wait in memory", error)
             if time.monotonic() - self._since > self._patience:
-                raise StorageFailed(f"{self.path}: {error}; mend it, then the same command goes on") from None
+                raise StorageFailed(f"{error}; mend it, then the same command goes on") from None
 
     def close(self) -> None:
         """Write what waits. The file cannot be used afterwards."""
@@ -91,7 +91,7 @@ class MetricsFile:
 
     def _write(self) -> None:
         """Opened anew each time: a file server that was away may not know an old handle."""
-        with self._fence(), self.path.open("ab", buffering=0) as file:
+        with self._fence(), naming(self.path), self.path.open("ab", buffering=0) as file:
             while self._waiting:
                 self._waiting = self._waiting[file.write(self._waiting) :]
         self._since = None

@@ -158,12 +158,10 @@ class Saver:
         """Wait for the checkpoint under way. After an error other ranks may be gone, and that error is the one to see."""
         if kind is None:
             self._settle()
-        elif self._write is not None:
-            self._write.hurry.set()
-            self._write.wait()
-            if self._write.error is not None:
-                logger.warning("the checkpoint under way was not saved: %s", _one_line(self._write.error))
-            self._write = None
+        elif (write := self._write) is not None:
+            self._give_up(unless_done=True)
+            if write.error is not None:
+                logger.warning("the checkpoint under way was not saved: %s", _one_line(write.error))
 
     def _settle(self) -> None:
         """No checkpoint is under way, or raise why it failed: as soon as it has failed on any rank."""
@@ -171,12 +169,12 @@ class Saver:
             self._write.wait(ROUND_SECONDS)
             self.poll()
 
-    def _give_up(self) -> None:
+    def _give_up(self, unless_done: bool = False) -> None:
         """Leave the checkpoint under way; what there is of it takes space that somebody may be short of."""
         assert self._write is not None
         self._write.hurry.set()
         self._write.wait()
-        if self._attempt is not None:
+        if self._attempt is not None and not (unless_done and self._write.error is None):
             with suppress(OSError):  # the storage may be what failed; the next attempt deletes it
                 discard(self._write.place.folder)
         self._write = None
