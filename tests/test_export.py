@@ -21,6 +21,7 @@ from pipeline.model import Policy
 from pipeline.pretrained import load_tokenizer
 from pipeline.records import Message
 from pipeline.rendering import Renderer
+from pipeline.reward import load_reward_network
 from tests.conftest import CHATML, save_tiny_llama, tiny_tokenizer
 
 ROWS = [Row(0, [5, 6, 7, 8], [[20, 21, 22], [30, 31]]), Row(1, [40], [[41, 42, 43], [44]])]
@@ -93,6 +94,19 @@ def test_adapters_on_tied_weights_are_exported_as_trained(make_config, tmp_path:
     lm = AutoModelForCausalLM.from_pretrained(target)
     tied = lm.get_input_embeddings().weight.data_ptr() == lm.get_output_embeddings().weight.data_ptr()
     assert tied == lm.config.tie_word_embeddings == (targets == "all-linear"), "peft's all-linear leaves the head out"
+
+
+def test_adapters_on_a_tied_reward_models_embeddings_are_exported_without_a_warning(
+    make_config, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    base = save_tiny_llama(tmp_path / "base", tie_word_embeddings=True)
+    lora = "model.lora={r: 4, target_modules: [embed_tokens]}"
+    config = make_config(f"model.path={base}", lora, "objective={name: reward_model}")
+    network, batch = trained(config, tmp_path / "step-00000001"), collate(ROWS)
+    target = export(config, tmp_path / "step-00000001", str(base), tmp_path / "export")
+    exported = load_reward_network(make_config().model, str(target)).eval()
+    torch.testing.assert_close(exported(batch).scores, network(batch).scores, atol=1e-4, rtol=1e-4)
+    assert [str(warning.message) for warning in recwarn if "tie_word_embeddings" in str(warning.message)] == []
 
 
 def test_a_tied_head_with_an_adapter_has_the_base_model_as_its_reference(tmp_path: Path) -> None:
