@@ -39,7 +39,7 @@ def hung_worker(bench: Bench) -> Outcome:
         stopped = _workers(bench)[:1]
         stopped[0].send_signal(signal.SIGSTOP)
         training.finish()
-        said = "made no progress for 15 s" in training.log()
+        said = "saw no progress for 15 s" in training.log()
         found = _recovered(
             bench, training, "SIGSTOP to one of two workers", "the others gave up after hang_timeout = 15 s"
         )
