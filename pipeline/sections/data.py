@@ -104,7 +104,7 @@ class DataConfig(Section):
     """End each response with the tokenizer's EOS (never when a chat template already ended the turn, nor after a cut)."""
     ties: Literal["refuse", "first"] = "refuse"
     """Tied ranks: quarantine the record, or take the order in the file."""
-    max_record_bytes: Annotated[int, Field(ge=1)] = 16 * 2**20
+    max_record_bytes: Annotated[int, Field(ge=1, le=2**40)] = 16 * 2**20
     """A record that is larger in its file is quarantined unread: text takes some seventy times its size in memory as it is tokenised."""
     max_bad_fraction: Fraction = 0.1
     """Stop when more than this share of the records is unusable."""
