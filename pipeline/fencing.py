@@ -37,6 +37,14 @@ def refuse_superseded(run: Path, number: int) -> None:
         raise Superseded(f"{run}: attempt {number} may not commit, attempt {newest} has taken over")
 
 
+def confirm(run: Path, number: int, owner: str | None = None, lease_seconds: float = LEASE_SECONDS) -> None:
+    """Raises Superseded, one line, unless attempt `number` is the newest and its driver, if the run has one, lives."""
+    if (run / "lease").exists():
+        await_driver(run, lease_seconds)
+    refuse_other_owner(run, owner)
+    refuse_superseded(run, number)
+
+
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """The right to commit checkpoints of a run, until a newer attempt begins or the driver is gone."""

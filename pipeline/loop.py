@@ -29,6 +29,7 @@ from pipeline.contracts import Batch, Mean, Objective, TermGroup
 from pipeline.distributed import agree, process_group
 from pipeline.errors import UserError
 from pipeline.evaluation import held_out
+from pipeline.fencing import confirm
 from pipeline.learner import Learner
 from pipeline.lease import is_taken_over
 from pipeline.metrics import Sums, all_sum, batch_metrics
@@ -206,7 +207,7 @@ def _train(
             for step in range(saver.step, plan.total_steps):
                 saver.poll()
                 due = [split.train[plan.positions(step)], *([split.eval] if plan.evaluates_after(step) else [])]
-                _await_reference(job, rows, np.concatenate(due), score, beat)
+                await_reference(job, rows, np.concatenate(due), saver.number, score, beat)
                 metrics = _step(job, learner, rows, split, plan, step, watch)
                 watch.note(metrics)
                 if log is not None:
@@ -227,22 +228,30 @@ def _train(
             log.close()
 
 
-def _await_reference(
+def await_reference(
     job: Job,
     rows: Rows,
     positions: np.ndarray,
+    attempt: int,
     score: Callable[[np.ndarray], None] | None,
     beat: Callable[[], None],
 ) -> None:
-    """Return once the reference has scored these rows: by `score`, or by whoever does so beside training."""
-    while len(unscored := rows.unscored(positions)):
+    """Return once the reference has scored these rows: by `score`, or by whoever does so beside training.
+
+    Nobody scores for an attempt (its number) that is superseded or whose driver is gone: raises lease.Superseded. Raises
+    UserError where scoring ended with an error, StorageFailed.
+    """
+    folder = job.reference or job.states
+    patient = partial(patiently, root=job.run, seconds=job.config.checkpoint.patience, beat=beat)
+    while len(unscored := patient(partial(rows.unscored, positions))):
         beat()
         if score is not None:
             score(unscored)
             continue
-        folder = job.reference or job.states
         if folder is not None and (folder / REFUSED).is_file():
-            raise UserError(f"reference: {(folder / REFUSED).read_text()}")
+            reason = patient((folder / REFUSED).read_bytes)
+            raise UserError(f"reference: {reason.decode(errors='replace').strip()}")
+        patient(partial(confirm, job.run, attempt, job.owner))
         time.sleep(0.2)
 
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ import torch
 from pipeline.collate import collate
 from pipeline.config import ModelConfig, RunConfig, digest
 from pipeline.contracts import REFERENCE_SCHEMA, STATES_SCHEMA
-from pipeline.durable import clear_leftovers, write_json
+from pipeline.durable import clear_leftovers, write_json, write_text
 from pipeline.model import Policy, load_policy
 from pipeline.model_files import fingerprint
 from pipeline.order import micro_batches
+from pipeline.patience import patiently
 from pipeline.pretrained import load_config, settled
+from pipeline.redaction import redact
 from pipeline.reference_pieces import Pieces, order_of
 from pipeline.rows import (
     FORM,
@@ -47,8 +50,9 @@ from pipeline.trunk import pads
 
 logger = logging.getLogger(__name__)
 
-REFUSED = "refused.txt"
-"""In a folder whose rows could not be scored: why. Workers that wait for them end with it."""
+REFUSED, SCORING = "refused.txt", "scoring.txt"
+"""In a folder whose rows could not be scored: why. Workers that wait for them end with it. While they are scored, it lies
+there under the other name with what is true if it ever takes the first: a file can be renamed where nothing can be written."""
 
 
 class ScoreRows:
@@ -229,15 +233,17 @@ class Scoring:
     @contextmanager
     def _beside(self, numbers: Sequence[int], resources: Resources) -> Iterator[None]:
         ended = threading.Event()
+        for folder in self._folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / SCORING, "scoring ended early; the driver's output says why\n")
 
         def work() -> None:
             try:
                 self.run(numbers, resources, ended.is_set)
             except BaseException as error:  # told by the workers, who wait for it, or else by nobody
                 logger.warning("reference: %s", error)
-                for folder in self._folders:
-                    folder.mkdir(parents=True, exist_ok=True)
-                    (folder / REFUSED).write_text(str(error))
+                refuse = partial(self._refuse, redact(str(error)))
+                patiently(refuse, Path(self.config.storage), self.config.checkpoint.patience, hurry=ended)
 
         thread = threading.Thread(target=work, name="reference", daemon=True)
         thread.start()
@@ -246,6 +252,18 @@ class Scoring:
         finally:
             ended.set()
             thread.join()
+            for folder in self._folders:
+                with suppress(OSError):
+                    (folder / SCORING).unlink()
+
+    def _refuse(self, why: str) -> None:
+        """Have the workers end, who wait for pieces that will not come: also on a full disk."""
+        for folder in self._folders:
+            try:
+                write_text(folder / REFUSED, why + "\n")
+            except OSError:
+                if not (folder / REFUSED).is_file():
+                    (folder / SCORING).replace(folder / REFUSED)
 
     def _make(self, numbers: Sequence[int], resources: Resources, ended: Callable[[], bool] = lambda: False) -> None:
         for folder in self._own:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline import data, reference, reference_pieces
-from pipeline.driver import fit, open_run, prepare
+from pipeline import data, fencing, loop, reference, reference_pieces
+from pipeline.driver import fit, job_for, open_run, prepare
+from pipeline.errors import UserError
+from pipeline.lease import Superseded
 from pipeline.order import Plan
 from pipeline.progress import METRICS_FILE, read_metrics
 from pipeline.reference import Scoring
@@ -163,6 +171,97 @@ def test_a_damaged_piece_is_scored_again_and_no_other(
     scored_pieces.clear()
     assert logprobs(config, prepare(config, local=True).reference) == expected
     assert scored_pieces == [2]
+
+
+def waiting(make_config, monkeypatch: pytest.MonkeyPatch) -> partial[None]:
+    """A worker's wait for a piece that nobody has scored; the lease is one of 0.3 s."""
+    config = make_config("train.rows_per_step=2", "checkpoint.patience=1")
+    prepared = prepare(config, local=True, work="later")
+    run, _ = open_run(config, prepared)
+    job = job_for(config, prepared, run, "first")
+    prepared.reference.mkdir(parents=True, exist_ok=True)
+    (run / "attempt").write_text("1")
+    rows = Rows(job.rows, job.reference, growing=True)
+    monkeypatch.setattr(loop, "confirm", partial(fencing.confirm, lease_seconds=0.3))
+    wait = partial(loop.await_reference, job, rows, np.arange(2), 1, None, lambda: None)
+    wait.job, wait.scoring = job, prepared.scoring
+    return wait
+
+
+def test_a_worker_waits_for_no_piece_that_nobody_scores_for_it(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = waiting(make_config, monkeypatch)
+    run = wait.job.run
+    (run / "lease").write_text("first")
+    with pytest.raises(Superseded, match="its driver is gone"):  # nobody renews it
+        wait()
+    (run / "lease").unlink()
+    (run / "attempt").write_text("2")
+    with pytest.raises(Superseded, match="attempt 2 has taken over"):
+        wait()
+    (run / "attempt").write_text("1")
+    (run / "lease").write_text("another")
+    with pytest.raises(Superseded, match="another driver has taken over"):
+        wait()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_scoring_that_fails_ends_the_wait_also_where_no_reason_can_be_written(
+    make_config, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    wait = waiting(make_config, monkeypatch)
+    write = reference.write_text
+
+    def run_out(path: Path, text: str) -> None:
+        if full and path.name == reference.REFUSED:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, text)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no such reference")
+
+    monkeypatch.setattr(reference, "write_text", run_out)
+    monkeypatch.setattr(Scoring, "_make", fail)
+    said = "reference: scoring ended early" if full else "reference: no such reference$"
+    with (
+        wait.scoring._beside([0], reference.actor_resources(wait.scoring.config)),
+        pytest.raises(UserError, match=said),
+    ):
+        wait()
+    assert [path.name for path in wait.scoring.folder.iterdir()] == [reference.REFUSED]
+
+
+KILLED = """
+import json, os, signal, sys
+from pipeline import reference, reference_pieces
+from pipeline.config_file import validate
+from pipeline.driver import fit
+
+def write(folder, number, table, write=reference.write_part):
+    if number == 3:
+        reference.part_of(folder, number).write_bytes(b"ARROW1")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(folder, number, table)
+
+reference.write_part, reference_pieces.PIECE_TOKENS = write, 1
+fit(validate(json.loads(sys.argv[1])), local=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_while_it_scores_goes_on_with_the_same_bits(
+    make_config, monkeypatch: pytest.MonkeyPatch, scored_pieces: list[int], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(reference_pieces, "PIECE_TOKENS", 1)
+    config = make_config("train.rows_per_step=4", "checkpoint.every=1")
+    undisturbed = fit(config.model_copy(update={"storage": str(tmp_path / "other")}), local=True)
+    scored_pieces.clear()
+    killed = subprocess.run([sys.executable, "-c", KILLED, json.dumps(config.dump())], timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    continued = fit(config, local=True)
+    assert scored_pieces == [3, 4, 5], "none twice"
+    assert (continued.export / "model.safetensors").read_bytes() == (
+        undisturbed.export / "model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.slow
