@@ -218,9 +218,10 @@ class Scoring:
         wanted = self.pieces.of_the_run
         for folder in self._folders:
             (folder / REFUSED).unlink(missing_ok=True)
+        missing = self.missing(wanted)  # removes damaged pieces before a worker opens them
         if self.local:
             yield self.for_reading
-        elif not self.missing(wanted):
+        elif not missing:
             yield None
         elif (free := beside_training(self.config)) is None:
             self.run(wanted)

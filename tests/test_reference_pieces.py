@@ -154,9 +154,10 @@ def test_another_order_of_the_same_rows_is_served_by_a_scoring_of_all(
     assert {p.reference.parent for p in (partly, other, whole)} == {partly.reference.parent}
 
 
+@pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize("damage", ["flipped", "cut off", "gone"])
 def test_a_damaged_piece_is_scored_again_and_no_other(
-    make_config, monkeypatch: pytest.MonkeyPatch, scored_pieces: list[int], damage: str
+    make_config, monkeypatch: pytest.MonkeyPatch, scored_pieces: list[int], damage: str, trains: bool
 ) -> None:
     monkeypatch.setattr(reference_pieces, "PIECE_TOKENS", 1)
     config = make_config("train.rows_per_step=4")
@@ -169,6 +170,9 @@ def test_a_damaged_piece_is_scored_again_and_no_other(
     if damage != "gone":
         part.write_bytes(content[: -9 if damage == "cut off" else None])
     scored_pieces.clear()
+    if trains:
+        fit(config, local=True)
+        assert scored_pieces == [2]
     assert logprobs(config, prepare(config, local=True).reference) == expected
     assert scored_pieces == [2]
 
@@ -188,6 +192,7 @@ def waiting(make_config, monkeypatch: pytest.MonkeyPatch) -> partial[None]:
     return wait
 
 
+@pytest.mark.timeout(30)
 def test_a_worker_waits_for_no_piece_that_nobody_scores_for_it(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
     wait = waiting(make_config, monkeypatch)
     run = wait.job.run
@@ -204,6 +209,7 @@ def test_a_worker_waits_for_no_piece_that_nobody_scores_for_it(make_config, monk
         wait()
 
 
+@pytest.mark.timeout(30)
 @pytest.mark.parametrize("full", [False, True])
 def test_a_scoring_that_fails_ends_the_wait_also_where_no_reason_can_be_written(
     make_config, monkeypatch: pytest.MonkeyPatch, full: bool
