@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.backlog import Backlog
-from pipeline.durable import write_json
+from pipeline.durable import recall_json, write_json
 from pipeline.redaction import redact, redacted
 from pipeline.tracking import Status, Tracker
 
@@ -189,15 +189,23 @@ class MlflowTracker(Tracker):
         return {"uri": self._shown, "token": token, "run_id": None, "last_step": 0, "not_finite": {}, "ended": None}
 
     def _read_state(self) -> dict[str, Any]:
-        path = self._run / STATE_FILE
-        if not path.is_file():
+        state = recall_json(self._run / STATE_FILE, _checked_state, "a new MLflow run begins")
+        if state is None:
             return self._new_state()
-        state = {"ended": ELSEWHERE} | json.loads(path.read_text())
         return state if state["uri"] == self._shown else self._new_state() | {"ended": ELSEWHERE}
 
     def _write_state(self, **changes: Any) -> None:
         self._state |= changes
         write_json(self._run / STATE_FILE, self._state)
+
+
+def _checked_state(found: Any) -> dict[str, Any]:
+    """A tracker's state as it was written; raises what `durable.read_json` takes for damage."""
+    run_id, ended = found["run_id"], found.get("ended", ELSEWHERE)
+    if not (run_id is None or isinstance(run_id, str)) or not (ended is None or isinstance(ended, str)):
+        raise TypeError("run_id and ended are texts")
+    known = {"uri": str(found["uri"]), "token": str(found["token"]), "run_id": run_id, "ended": ended}
+    return known | {"last_step": int(found["last_step"]), "not_finite": dict(found["not_finite"])}
 
 
 # --------------------------------------------------------------------------------------------- calls to MLflow

@@ -12,7 +12,6 @@ Left out: what a prior computes (`latent`), its training (`model`, `objectives`)
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from pipeline.config import Attention, ConfigError, LatentConfig, ModelConfig, RunConfig, SamplingConfig
 from pipeline.contracts import Needs
+from pipeline.durable import read_json, write_json
 from pipeline.latent import PLACE, AssistantPrior, BlockPrior, Prior, Text, embeddings
 from pipeline.model_files import fingerprint, locate
 from pipeline.packing import refuses_embeddings
@@ -128,7 +128,7 @@ def save_prior(prior: Prior, lm: nn.Module, model: Path) -> None:
     else:
         prior.assistant.save_pretrained(folder / ASSISTANT)
     save_file({name: p.detach().float().contiguous() for name, p in prior.named_parameters()}, folder / WEIGHTS)
-    (folder / SETTINGS).write_text(json.dumps(plain, indent=1))
+    write_json(folder / SETTINGS, plain)
 
 
 def has_prior(path: str | Path) -> bool:
@@ -137,8 +137,12 @@ def has_prior(path: str | Path) -> bool:
 
 
 def settings_of(path: str | Path) -> dict[str, Any]:
-    """What `save_prior` noted of the prior at `path`."""
-    return json.loads((Path(path) / PRIOR / SETTINGS).read_text())
+    """What `save_prior` noted of the prior at `path`. Raises durable.Corrupt."""
+
+    def checked(found: Any) -> dict[str, Any]:
+        return {**found, "n_latents": int(found["n_latents"]), "backbone": found["backbone"]}
+
+    return read_json(Path(path) / PRIOR / SETTINGS, checked, "export the model again")
 
 
 def load_prior(lm: nn.Module, path: str | Path, attention: Attention, trust: bool, key: str = "model.path") -> Prior:

@@ -386,3 +386,13 @@ def test_flatten_names_each_leaf():
 def test_mlflow_is_imported_only_when_something_is_tracked():
     code = "import sys, pipeline.tracking; sys.exit('mlflow' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+@pytest.mark.parametrize("content", ["", '{"uri": "x"', "null", "[]", '{"run_id": 3}', "\0\0\0"])
+def test_a_damaged_state_is_told_and_a_new_run_begins(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    (tmp_path / "tracking.json").write_text(content)
+    tracker = MlflowTracker(f"sqlite:///{tmp_path}/mlflow.db", "e", tmp_path, {})
+    assert tracker.last_step() == 0 and tracker.owes("FINISHED")
+    assert f"{tmp_path / 'tracking.json'}: damaged; a new MLflow run begins" in caplog.text
