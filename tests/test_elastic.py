@@ -75,7 +75,8 @@ def test_a_node_that_is_reclaimed_is_saved_within_its_grace(make_config, tmp_pat
     """SIGTERM to a node, as Kubernetes sends it to a pod: Ray drains it, the workers save, training goes on elsewhere."""
     make_config()
     storage = tmp_path / "outputs"
-    overrides = [*SLOW_STEPS, "checkpoint.every=100000", "train.epochs=100000", "scaling.workers=[1,2]"]
+    overrides = [*SLOW_STEPS, "checkpoint.every=100000", "checkpoint.best=null"]
+    overrides += ["train.epochs=100000", "scaling.workers=[1,2]"]
     with LocalCluster() as cluster:
         cluster.add_node()
         reclaimed = cluster.add_node(RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="15")
