@@ -85,6 +85,7 @@ def test_names_that_no_file_system_takes_are_refused_as_they_are_read(qalign, tm
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.slow
 def test_the_longest_name_trains(qalign, tmp_path: Path) -> None:
     given = [f"name={'x' * 100}", "train.max_steps=1", "tracking.enabled=true", f"tracking.experiment={'é ' * 100}"]
     status, _, told = qalign("train", *given)
@@ -108,6 +109,7 @@ def test_a_reader_who_has_seen_enough_ends_a_command_without_a_word(
     assert "Error" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_where_its_terminal_is_gone(make_config, tmp_path: Path, monkeypatch) -> None:
     make_config()
     read, write = os.pipe()
@@ -234,6 +236,7 @@ def test_export_and_decode_of_a_finished_run(qalign, tmp_path: Path) -> None:
     assert qalign("decode", *same, f"checkpoint_from={best}", "sampling.max_new_tokens=4", "sampling.limit=2")[0] == 0
 
 
+@pytest.mark.slow
 def test_what_reads_a_run_prepares_only_what_it_reads(qalign, tmp_path: Path) -> None:
     """With its cache gone: an export and prompts of one's own need no rows, held-out prompts need rows and no log-probs."""
     assert qalign("train", "train.max_steps=1", "data.eval_fraction=0.2")[0] == 0
@@ -255,6 +258,7 @@ def test_what_reads_a_run_prepares_only_what_it_reads(qalign, tmp_path: Path) ->
     assert len(made("rows")) == 1 and made("reference") == []
 
 
+@pytest.mark.slow
 def test_an_objective_in_a_folder_of_pythonpath_loads_by_dotted_path(qalign, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "mine.py").write_text(
         "from typing import ClassVar\n"

@@ -94,6 +94,7 @@ def test_the_objective_example_trains_as_printed(qalign, tmp_path: Path, monkeyp
     assert first["loss"] == first["loss/hinge"] == pytest.approx(1.0, abs=1e-5)  # equal policies: max(0, 1 − 0)
 
 
+@pytest.mark.slow
 def test_the_reward_model_example_scores_as_printed(make_config, monkeypatch: pytest.MonkeyPatch) -> None:
     export = fit(make_config("objective={name: reward_model}", "train.max_steps=2"), local=True).export
     (example,) = [block for block in python_blocks() if "AutoModelForSequenceClassification" in block]

@@ -200,6 +200,7 @@ def test_kto_of_one_class_and_of_single_rows_is_finite(label: bool, rows: int, m
     assert lines[0]["loss"] == pytest.approx(0.5, abs=1e-6), "1 − σ(0): no response is likelier than at the start"
 
 
+@pytest.mark.slow
 def test_the_evaluated_loss_does_not_depend_on_how_rows_are_batched(make_config, tmp_path: Path) -> None:
     found = []
     for tokens in (64, 1024):
@@ -210,6 +211,7 @@ def test_the_evaluated_loss_does_not_depend_on_how_rows_are_batched(make_config,
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_generation_config_that_transformers_refuses_to_save_costs_no_run(make_config, tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path / "model")
     path = folder / "generation_config.json"
