@@ -60,14 +60,21 @@ def conduct(config: RunConfig, local: bool) -> Finished:
         raise ConfigError("sweep.scheduler: --local runs one trial after the other; set it to fifo")
     if config.scaling.elastic:
         raise ConfigError("scaling.workers: a sweep's trials share workers that stay; give one number")
-    from pipeline import tracking
     from pipeline.lease import Lease
-    from tune import results
-    from tune.live import Screen
     from tune.plan import Sweep
-    from tune.record import Recorder
 
     sweep = Sweep(config, local)
+    with Lease(sweep.folder):  # nobody else tells MLflow of this sweep, either
+        return _conduct(sweep, local)
+
+
+def _conduct(sweep: Sweep, local: bool) -> Finished:
+    from pipeline import tracking
+    from tune import results
+    from tune.live import Screen
+    from tune.record import Recorder
+
+    config, settings = sweep.config, sweep.settings
     parent = tracking.start(config, sweep.folder, sweep.identity)
     known = len(sweep.table.done())
     if known:
@@ -75,14 +82,13 @@ def conduct(config: RunConfig, local: bool) -> Finished:
     status: tracking.Status = "FAILED"
     try:
         parent.log_config(config.dump())
-        with Lease(sweep.folder):
-            with (
-                Screen(settings.metric, settings.maximise, sweep.folder.name) as screen,
-                Recorder(sweep, parent, screen.show) as recorder,
-            ):
-                (_in_process if local else _on_ray)(sweep, recorder)
-            if settings.evaluate:  # has bars of its own
-                results.evaluate(sweep, local)
+        with (
+            Screen(settings.metric, settings.maximise, sweep.folder.name) as screen,
+            Recorder(sweep, parent, screen.show) as recorder,
+        ):
+            (_in_process if local else _on_ray)(sweep, recorder)
+        if settings.evaluate:  # has bars of its own
+            results.evaluate(sweep, local)
         best, exported = results.conclude(sweep, parent)
         status = "FINISHED"
     except (KeyboardInterrupt, Leaving):
