@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -355,7 +356,8 @@ from pipeline.watchdog import STATUS
 from pipeline.watchdog import Watchdog
 
 rank, run, case, background = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4] == "True"
-dist.init_process_group("gloo", store=dist.FileStore(str(run.parent / "store"), 2), rank=rank, world_size=2)
+meeting = dist.TCPStore("127.0.0.1", int(sys.argv[5]), 2, is_master=rank == 0)  # as Ray's workers have one
+dist.init_process_group("gloo", store=meeting, rank=rank, world_size=2)
 files = [f"{kind}-0000{part}-of-00002.safetensors" for part in (1, 2) for kind in ("weights", "moments")]
 
 class Learner:
@@ -386,9 +388,15 @@ with Watchdog(1.0, f"rank {rank}", run / "log.txt", run / f"stacks-{rank}.txt", 
         with own:
             own.save(Learner(), 1, {})
     except Exception as error:
-        print(type(error).__name__, error)
-        sys.exit(3)
+        print(type(error).__name__, error, flush=True)
+        os._exit(3)  # as a worker that Ray ends: gloo may wait for its peer as the interpreter shuts down
 """
+
+
+def free_port() -> str:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return str(listening.getsockname()[1])
 
 
 @pytest.mark.slow
@@ -400,10 +408,10 @@ def test_ranks_wait_for_a_slow_one_but_not_for_one_that_hangs(
     """Rank 1's disk takes 3 s, where ranks that make no progress end after one; or it is full; or it does not answer."""
     run = tmp_path / "run"
     run.mkdir()
-    command = [sys.executable, "-c", RANK]
+    command, port = [sys.executable, "-c", RANK], free_port()
     ranks = [
         subprocess.Popen(
-            [*command, str(rank), str(run), case, str(background)],
+            [*command, str(rank), str(run), case, str(background), port],
             cwd=Path(__file__).parent.parent,
             stdout=subprocess.PIPE,
             text=True,
