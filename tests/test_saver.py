@@ -419,7 +419,9 @@ def test_ranks_wait_for_a_slow_one_but_not_for_one_that_hangs(
         for rank in (0, 1)
     ]
     told = [rank.communicate(timeout=200)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [status, status], told
+    ends = {rank.returncode for rank in ranks}
+    # Of two that hang, the second may be told by gloo that the first is gone before its own time is up.
+    assert ends == {status} or (case == "hangs" and ends == {STATUS, 3}), told
     if case == "slow":
         checkpoint.verify(checkpoint.path_of(run, 1))
         assert {name for name, _ in checkpoint.read_weights(checkpoint.path_of(run, 1))} == {"w0", "w1"}
